@@ -1,0 +1,28 @@
+"""``mtunet VERB ...`` is short for ``python -m mtunet_dist.VERB ...``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from mtunet_dist.errors import closest
+
+VERBS = {
+    "synthesize": "write synthetic street scenes in the layout of Cityscapes",
+    "prepare": "turn a published dataset, or your own, into a prepared one",
+    "train": "train, or resume a training",
+    "evaluate": "metrics of a run or a checkpoint",
+    "predict": "label and depth of your own images",
+}
+
+
+def main() -> None:
+    """Run the verb named first with the rest of the command line."""
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb in ("-h", "--help"):
+        print("usage: mtunet VERB ...\n\n" + "\n".join(f"  {name:<12}{text}" for name, text in VERBS.items()))
+        return
+    if verb not in VERBS:
+        sys.exit(f"error: unknown verb '{verb}'.{closest(verb, list(VERBS))} Available: {', '.join(VERBS)}")
+    sys.argv = [f"mtunet {verb}", *sys.argv[2:]]
+    importlib.import_module(f"mtunet_dist.{verb}").main()

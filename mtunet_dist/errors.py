@@ -1,0 +1,52 @@
+"""The errors a user is expected to meet, and how a command shows them: one line, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+
+class MTUNetError(Exception):
+    """Base of the errors that a command prints as one line."""
+
+
+class InputError(MTUNetError, ValueError):
+    """Something the user gave is wrong: a config key, a path, a file, a sample. Names it."""
+
+
+class SampleError(InputError):
+    """A stored sample cannot be decoded. Only the rank that was to train on it knows."""
+
+
+class NonFiniteLossError(MTUNetError, FloatingPointError):
+    """A loss became NaN or infinite. Names the task, step and epoch."""
+
+
+def closest(name: str, names: Sequence[str]) -> str:
+    """`` Did you mean 'x'?`` for a misspelt ``name``, or nothing; goes into an error message."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """Make ``main`` a command: expected errors become one line on stderr and exit code 2.
+
+    Under torchrun all ranks find the same error in the same input, so only the first process of each node prints
+    it, except a SampleError. Anything unexpected keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def wrapped() -> None:
+        try:
+            main()
+        except MTUNetError as error:
+            if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, SampleError):
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    return wrapped

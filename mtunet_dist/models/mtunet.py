@@ -1,0 +1,150 @@
+"""MT-UNet: one densely connected encoder, one attention decoder per task, decoders that listen to each other."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtunet_dist.errors import InputError
+from mtunet_dist.models._blocks import ConvReLUBN, DecoderBlock, DenseEncoder, UpConv
+
+DenseScope = Literal["encoder", "block", "none"]
+STRIDE = 16  # four poolings
+LISTENING_BLOCK = 2  # decoder block 3 of the paper, counted from 0, hears block 2 of the other tasks
+
+
+class TaskDecoder(nn.Module):
+    """The four decoder blocks, three transposed convolutions and the 1x1 head of one task."""
+
+    def __init__(self, channels: int, widths: Sequence[int], bottleneck: int, heard: int, attention: bool) -> None:
+        super().__init__()
+        deepest_first = list(reversed(widths))
+        self.ups = nn.ModuleList(UpConv(a, b) for a, b in itertools.pairwise(deepest_first))
+        self.blocks = nn.ModuleList()
+        for level, width in enumerate(deepest_first):
+            previous = bottleneck if level == 0 else width
+            others = heard if level == LISTENING_BLOCK else 0
+            self.blocks.append(DecoderBlock(width + previous + others, width, attention))
+        self.head = nn.Conv2d(widths[0], channels, 1)
+
+    def run_block(
+        self, level: int, skip: Tensor, previous: Tensor, heard: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output and mask of block ``level`` from the encoder's skip, the block before and the other tasks."""
+        if level > 0:
+            previous = self.ups[level - 1](previous)
+        output, mask = self.blocks[level](torch.cat([skip, previous, *heard], dim=1))
+        return output, mask
+
+
+class MTUNet(nn.Module):
+    """MT-UNet for any number of dense prediction tasks; with one task it is the paper's ST-UNet.
+
+    ``outputs`` maps each task's name to its number of channels. ``forward(image (N, 3, H, W) float)`` returns
+    ``{task: (N, channels, H, W)}``; H and W must be multiples of 16. Raises InputError for sizes or options that
+    do not fit. Weights start with torch's default initialisation. What the paper says, and how we read it:
+
+    - Paper: encoder of 4 blocks of two 3x3 convs (ReLU, then BN); every conv sees the concatenated outputs of all
+      previous conv layers; dropout and 2x2 max-pool after each block.
+      Our reading: dense across the whole encoder, earlier maps pooled to the resolution at hand, the raw image not
+      among them, so the convs see 3, 64, 128, 256, 384, 640, 896, 1408 channels. Dropout (on single values) hits
+      only the maps that the block added. A conv is 3x3 conv with bias -> ReLU -> BN.
+    - Paper: a bottleneck of two 3x3 convs (ReLU, BN) and a transposed conv, giving 1024 maps.
+      Our reading: it is fed by conv 2 of block 4 alone; its 2x2 stride-2 transposed conv is shared by all tasks.
+    - Paper: a decoder per task of 4 blocks of two 3x3 convs (ReLU, BN), fed by the encoder block's maps and the
+      previous decoder block.
+      Our reading: the encoder's maps are the conv-2 output before dropout; widths mirror the encoder; a 2x2
+      stride-2 transposed conv of each task between its blocks takes the channels to the next width; 1x1 conv heads.
+    - Paper: an attention mask per decoder block, conv 1's output -> 3x3 conv, BN, ReLU -> 3x3 conv, BN, sigmoid,
+      multiplies conv 2's output. Our reading: the mask has as many channels as that output.
+    - Paper: the output of decoder block 2 of each task also enters block 3 of the other.
+      Our reading: the attended output, upsampled bilinearly by 2 and concatenated; with three or more tasks a
+      decoder hears all the others.
+
+    Options:
+        widths: channels of the four encoder blocks, shallowest first.
+        bottleneck: channels of the bottleneck.
+        dense_scope: "encoder" as above; "block": only conv 2 is dense, it sees the block's input and conv 1's
+            output; "none": the chain of a plain U-Net.
+        attention: the masks of the decoder blocks.
+        cross_talk: the connections from block 2 to block 3 of the other tasks.
+        dropout: probability in [0, 1) after each encoder block.
+    """
+
+    def __init__(
+        self,
+        outputs: dict[str, int],
+        *,
+        widths: tuple[int, ...] = (64, 128, 256, 512),
+        bottleneck: int = 1024,
+        dense_scope: DenseScope = "encoder",
+        attention: bool = True,
+        cross_talk: bool = True,
+        dropout: float = 0.2,
+    ) -> None:
+        super().__init__()
+        _check_options(outputs, widths, bottleneck, dense_scope, dropout)
+        self.cross_talk = cross_talk and len(outputs) > 1
+        self.encoder = DenseEncoder(widths, dense_scope, dropout)
+        self.bottleneck = nn.Sequential(
+            ConvReLUBN(widths[-1], bottleneck), ConvReLUBN(bottleneck, bottleneck), UpConv(bottleneck, bottleneck)
+        )
+        heard = (len(outputs) - 1) * widths[-LISTENING_BLOCK] if self.cross_talk else 0
+        self.decoders = nn.ModuleDict(
+            {task: TaskDecoder(channels, widths, bottleneck, heard, attention) for task, channels in outputs.items()}
+        )
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        return self.forward_with_masks(image)[0]
+
+    def forward_with_masks(self, image: Tensor) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+        """The outputs, and for each task the attention masks of its decoder blocks, deepest first.
+
+        Mask i is (N, widths[3 - i], H / 2**(3 - i), W / 2**(3 - i)) with values in [0, 1]; the lists are empty
+        without attention.
+        """
+        _check_size(image)
+        decoders = cast("dict[str, TaskDecoder]", dict(self.decoders.items()))
+        skips, deepest = self.encoder(image)
+        maps = dict.fromkeys(decoders, self.bottleneck(deepest))
+        masks: dict[str, list[Tensor]] = {task: [] for task in decoders}
+        for level, skip in enumerate(reversed(skips)):
+            said: dict[str, Tensor] = {}
+            if self.cross_talk and level == LISTENING_BLOCK:
+                said = {task: F.interpolate(m, scale_factor=2, mode="bilinear") for task, m in maps.items()}
+            for task, decoder in decoders.items():
+                heard = [m for other, m in said.items() if other != task]
+                maps[task], mask = decoder.run_block(level, skip, maps[task], heard)
+                if mask is not None:
+                    masks[task].append(mask)
+        return {task: decoder.head(maps[task]) for task, decoder in decoders.items()}, masks
+
+
+def _check_options(
+    outputs: dict[str, int], widths: Sequence[int], bottleneck: int, dense_scope: str, dropout: float
+) -> None:
+    if not outputs or min(outputs.values()) < 1:
+        raise InputError(f"outputs must give at least one task with one channel or more, got {outputs}")
+    if len(widths) != 4 or min(*widths, bottleneck) < 1:
+        raise InputError(f"widths must be 4 positive numbers and bottleneck one, got {tuple(widths)} and {bottleneck}")
+    if dense_scope not in get_args(DenseScope):
+        raise InputError(f"dense_scope must be one of {', '.join(get_args(DenseScope))}, got '{dense_scope}'")
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout must be in [0, 1), got {dropout}")
+
+
+def _check_size(image: Tensor) -> None:
+    height, width = image.shape[-2:]
+    if height % STRIDE or width % STRIDE:
+        near = [max(STRIDE, (size + STRIDE // 2) // STRIDE * STRIDE) for size in (height, width)]
+        raise InputError(
+            f"image of {height}x{width}: height and width must be multiples of {STRIDE}, nearest is {near[0]}x{near[1]}"
+        )
+
+
+PLUGIN = MTUNet

@@ -1,0 +1,109 @@
+"""Config: what is accepted, what is refused and how, and that it survives a round trip."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from mtunet_dist import plugins
+from mtunet_dist.config import Config, config_from_text, load_config, plugin_options, save_config, to_yaml
+from mtunet_dist.errors import InputError
+
+REQUIRED = ["run_dir=r", "data.root=d"]
+
+
+def test_defaults_are_the_papers_settings() -> None:
+    config = load_config(None, REQUIRED)
+    assert (config.optim.name, config.optim.lr, config.epochs, config.batch_size) == ("adam", 1e-4, 200, 8)
+    assert config.model == {
+        "name": "mtunet",
+        "widths": (64, 128, 256, 512),
+        "bottleneck": 1024,
+        "dense_scope": "encoder",
+        "attention": True,
+        "cross_talk": True,
+        "dropout": 0.2,
+    }
+    assert config.weighting["name"] == "learned"
+    assert config.weighting["lr"] == 1e-3
+
+
+def test_command_line_beats_file_beats_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("run_dir: r\ndata: {root: d, eval: test}\nepochs: 7\noptim: {lr: 1e-3}\n")
+    config = load_config(file, ["epochs=9"])
+    assert (config.epochs, config.optim.lr, config.data.eval, config.data.train) == (9, 1e-3, "test", "train")
+
+
+def test_saved_config_loads_back_equal(tmp_path: Path) -> None:
+    config = load_config(None, [*REQUIRED, "model.widths=[4,4,8,8]", "weighting.name=fixed", "tasks=[depth]"])
+    save_config(config, tmp_path / "c.yaml")
+    assert load_config(tmp_path / "c.yaml") == config
+    assert config_from_text(to_yaml(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.lrr=1", ["lrr", "Did you mean", "lr"]),
+        ("optm.lr=1", ["optm", "Did you mean", "optim"]),
+        ("model.width=[4]", ["width", "Did you mean", "widths", "mtunet"]),
+        ("model.widths=4", ["widths"]),
+        ("epochs=ten", ["epochs", "ten"]),
+        ("epochs=0", ["epochs=0", "positive"]),
+        ("optim.clip_norm=-1", ["optim.clip_norm", "negative"]),
+        ("precision=fp8", ["fp8", "bf16"]),
+        ("model.name=mtnet", ["mtnet", "Did you mean", "mtunet"]),
+        ("weighting.name=none", ["none", "equal", "fixed", "learned"]),
+        ("weighting.name=null", ["weighting.name", "learned"]),
+        ("data.augment.scales=[0.5]", ["scales", "0.5"]),
+        ("tasks=[segmentation,normals]", ["normals", "segmentation", "depth"]),
+        ("epochs", ["epochs", "key=value"]),
+        ("epochs=[1", ["epochs=[1"]),
+    ],
+)
+def test_wrong_override_is_one_line_that_names_it(override: str, words: list[str]) -> None:
+    with pytest.raises(InputError) as error:
+        load_config(None, [*REQUIRED, override])
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_missing_required_key_is_named() -> None:
+    with pytest.raises(InputError, match=r"run_dir"):
+        load_config(None, ["data.root=d"])
+
+
+def test_missing_and_malformed_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.yaml does not exist"):
+        load_config(tmp_path / "nowhere.yaml")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("a: [1\n")
+    with pytest.raises(InputError, match=r"bad\.yaml"):
+        load_config(bad)
+    bad.write_text("- 1\n")
+    with pytest.raises(InputError, match=r"bad\.yaml.*mapping"):
+        load_config(bad)
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load_config(None, REQUIRED).epochs = 3  # type: ignore[misc]
+
+
+def test_every_plugin_file_defines_a_plugin_with_defaults_for_all_options() -> None:
+    for kind in plugins.PACKAGES:
+        assert plugins.available(kind)
+        for name in plugins.available(kind):
+            assert isinstance(plugin_options(kind, name, {}), dict)
+
+
+def test_every_config_file_in_the_repository_loads() -> None:
+    files = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+    assert files
+    for file in files:
+        assert isinstance(load_config(file), Config)

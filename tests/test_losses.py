@@ -1,0 +1,106 @@
+"""Losses: closed-form values, masking, and gradients that stay finite whatever lies under the mask."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mtunet_dist.constants import VOID
+from mtunet_dist.losses import depth_loss, masked_mean, segmentation_loss
+
+NAN, INF = math.nan, math.inf
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_cross_entropy_closed_form() -> None:
+    logits = torch.tensor([0.0, math.log(3.0)]).view(1, 2, 1, 1).expand(1, 2, 1, 3)
+    label = torch.tensor([[[0, 1, VOID]]], dtype=torch.uint8)
+    total, count = segmentation_loss(logits, label)
+    assert total.item() == pytest.approx(math.log(4) + math.log(4 / 3))
+    assert count.item() == 2
+
+
+def test_l1_closed_form() -> None:
+    prediction = torch.tensor([1.0, -2.0, 5.0, 7.0, 9.0]).view(1, 1, 1, 5)
+    depth = torch.tensor([3.0, 1.0, 0.0, -1.0, INF]).view(1, 1, 1, 5)
+    total, count = depth_loss(prediction, depth)
+    assert (total.item(), count.item()) == (5.0, 2)
+
+
+def test_equal_torch_when_all_is_valid() -> None:
+    g = generator()
+    logits, label = torch.randn(2, 5, 4, 6, generator=g), torch.randint(5, (2, 4, 6), generator=g, dtype=torch.uint8)
+    torch.testing.assert_close(masked_mean(*segmentation_loss(logits, label)), F.cross_entropy(logits, label.long()))
+    prediction, depth = torch.randn(2, 1, 4, 6, generator=g), torch.rand(2, 1, 4, 6, generator=g) + 0.1
+    torch.testing.assert_close(masked_mean(*depth_loss(prediction, depth)), F.l1_loss(prediction, depth))
+
+
+def test_masked_pixels_do_not_count() -> None:
+    g = generator()
+    logits, label = torch.randn(2, 5, 4, 6, generator=g), torch.randint(5, (2, 4, 6), generator=g, dtype=torch.uint8)
+    void = torch.rand(2, 4, 6, generator=g) < 0.4
+    total, count = segmentation_loss(logits, label.masked_fill(void, VOID))
+    picked = logits.movedim(1, -1)[~void]
+    torch.testing.assert_close(total, F.cross_entropy(picked, label[~void].long(), reduction="sum"))
+    assert count == (~void).sum()
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF, 1.0])
+def test_nothing_valid_gives_zero_with_zero_gradient(bad: float) -> None:
+    logits = torch.full((1, 3, 2, 2), bad, requires_grad=True)
+    loss = masked_mean(*segmentation_loss(logits, torch.full((1, 2, 2), VOID, dtype=torch.uint8)))
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+    for invalid in (0.0, NAN, INF, -INF):
+        prediction = torch.full((1, 1, 2, 2), bad, requires_grad=True)
+        loss = masked_mean(*depth_loss(prediction, torch.full((1, 1, 2, 2), invalid)))
+        loss.backward()
+        assert loss.item() == 0
+        assert torch.equal(prediction.grad, torch.zeros_like(prediction))
+
+
+def test_bad_values_at_invalid_pixels_leave_the_valid_gradient_alone() -> None:
+    logits = torch.tensor([[1.0, NAN], [2.0, INF]]).view(1, 2, 1, 2).requires_grad_()
+    segmentation_loss(logits, torch.tensor([[[1, VOID]]], dtype=torch.uint8))[0].backward()
+    share = 1 / (1 + math.e)  # softmax of class 0 at the labelled pixel
+    torch.testing.assert_close(logits.grad, torch.tensor([[share, 0.0], [-share, 0.0]]).view(1, 2, 1, 2))
+    prediction = torch.tensor([3.0, NAN, INF]).view(1, 1, 1, 3).requires_grad_()
+    depth_loss(prediction, torch.tensor([1.0, 0.0, NAN]).view(1, 1, 1, 3))[0].backward()
+    assert prediction.grad.flatten().tolist() == [1.0, 0.0, 0.0]
+
+
+def test_bad_prediction_at_a_valid_pixel_is_not_hidden() -> None:
+    assert segmentation_loss(torch.full((1, 2, 1, 1), NAN), torch.zeros(1, 1, 1, dtype=torch.uint8))[0].isnan()
+    assert depth_loss(torch.full((1, 1, 1, 1), INF), torch.ones(1, 1, 1, 1))[0].isinf()
+
+
+def test_bfloat16_is_computed_in_float32() -> None:
+    g = generator()
+    logits = torch.randn(1, 4, 16, 16, generator=g).bfloat16()
+    label = torch.randint(4, (1, 16, 16), generator=g, dtype=torch.uint8)
+    depth = torch.rand(1, 1, 16, 16, generator=g) + 0.5
+    total, _ = segmentation_loss(logits, label)
+    assert total.dtype == torch.float32
+    assert torch.equal(total, segmentation_loss(logits.float(), label)[0])
+    total, _ = depth_loss(logits[:, :1], depth)
+    assert total.dtype == torch.float32
+    assert torch.equal(total, depth_loss(logits[:, :1].float(), depth)[0])
+
+
+def test_shapes_that_would_broadcast_are_caught() -> None:
+    with pytest.raises(AssertionError):
+        depth_loss(torch.ones(2, 1, 4, 4), torch.ones(2, 4, 4))
+
+
+def test_losses_never_wait_for_the_device() -> None:
+    # Meta tensors have no values, so .item() or a boolean index would raise.
+    image = torch.empty(2, 1, 4, 4, device="meta")
+    assert masked_mean(*segmentation_loss(image.expand(2, 3, 4, 4), image[:, 0].byte())).is_meta
+    assert masked_mean(*depth_loss(image, image)).is_meta
