@@ -1,0 +1,48 @@
+"""What a network must beat: the best prediction that never looks at the image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtunet_dist.constants import VOID
+from mtunet_dist.data.prepared import PreparedSplit
+from mtunet_dist.multitask import Depth, Segmentation, Task
+
+MAX_SAMPLES = 500
+
+
+class ConstantPredictor:
+    """Predicts one class and one depth everywhere: the most frequent and the median of the training split.
+
+    Both are taken from at most ``MAX_SAMPLES`` evenly spaced samples, so a large set costs seconds.
+    """
+
+    def __init__(self, tasks: Sequence[Task], train: PreparedSplit) -> None:
+        self.tasks = list(tasks)
+        chosen = np.unique(np.linspace(0, len(train) - 1, min(len(train), MAX_SAMPLES)).round().astype(int))
+        class_pixels = np.zeros(256, dtype=np.int64)
+        depth_pixels = np.zeros(1 << 16, dtype=np.int64)
+        for i in chosen:
+            raw = train.decode(int(i))
+            class_pixels += np.bincount(raw.label.reshape(-1), minlength=256)
+            depth_pixels += np.bincount(raw.depth.reshape(-1), minlength=1 << 16)
+        class_pixels[VOID] = depth_pixels[0] = 0
+        self.most_frequent = int(class_pixels.argmax())
+        middle = np.searchsorted(depth_pixels.cumsum(), depth_pixels.sum() / 2)
+        self.median_depth = float(middle) * train.info.depth.scale
+
+    def predict(self, image: Tensor) -> dict[str, Tensor]:
+        """Outputs {task: float32 (N, channels, H, W)} for images (N, 3, H, W)."""
+        outputs = {}
+        for task in self.tasks:
+            output = torch.zeros(len(image), task.channels, *image.shape[2:], device=image.device)
+            if isinstance(task, Segmentation):
+                output[:, self.most_frequent] = 1.0
+            elif isinstance(task, Depth):
+                output.fill_(self.median_depth)
+            outputs[task.name] = output
+        return outputs

@@ -1,0 +1,106 @@
+"""Checkpoints: one file each, complete or absent, the newest few and the best kept.
+
+A file holds plain tensors, numbers, strings, lists and dicts, so ``torch.load(weights_only=True)`` reads it, and
+everything needed to use it without its run folder: the config and what the dataset's classes and depth mean.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import shutil
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtunet_dist.errors import InputError
+
+FORMAT = 1
+State = dict[str, Any]
+_NAME = re.compile(r"step_(\d+)\.pt")
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` optimiser steps lies."""
+    return folder / f"step_{step:08d}.pt"
+
+
+def save(folder: Path, state: State, *, keep: int, best: bool) -> Path:
+    """Write ``state`` (with its ``step``), link it as ``best.pt`` if it is the ``best``, delete all but ``keep``.
+
+    Whatever happens while writing, every file under its final name is whole.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = path_of(folder, state["step"])
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        torch.save({"format": FORMAT, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    if best:
+        _publish(path, folder / "best.pt")
+    for old in by_age(folder)[keep:]:
+        old.unlink()
+    return path
+
+
+def _publish(path: Path, name: Path) -> None:
+    """Give ``path`` the second name ``name``, atomically; as a copy where the file system has no hard links."""
+    temporary = name.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    temporary.replace(name)
+
+
+def by_age(folder: Path) -> list[Path]:
+    """The step checkpoints in ``folder``, newest first."""
+    found = [(int(m[1]), p) for p in folder.glob("step_*.pt") if (m := _NAME.fullmatch(p.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def load(path: Path) -> State:
+    """Read a checkpoint onto the CPU. Raises InputError that names a missing, damaged or foreign file."""
+    if not path.is_file():
+        raise InputError(f"checkpoint {path} does not exist")
+    try:
+        state: State = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise InputError(f"checkpoint {path} is damaged: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise InputError(f"{path} is not a checkpoint of this program (format {FORMAT})")
+    return state
+
+
+def latest(folder: Path) -> State | None:
+    """The newest checkpoint in ``folder`` that can be read, None if it holds none; warns of damaged ones."""
+    newest_first = by_age(folder)
+    for path in newest_first:
+        try:
+            return load(path)
+        except InputError as error:
+            warnings.warn(f"{error}; going back to an older one", stacklevel=2)
+    if newest_first:
+        raise InputError(f"none of the {len(newest_first)} checkpoints in {folder} can be read")
+    return None
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint that a user means: a file, or in a run folder ``best.pt``, else the newest.
+
+    Raises InputError when there is none.
+    """
+    if path.is_file():
+        return path
+    folder = path / "checkpoints"
+    candidates = [p for p in [folder / "best.pt", *by_age(folder)] if p.is_file()]
+    if not candidates:
+        raise InputError(f"{path} is neither a checkpoint nor a run folder with checkpoints")
+    return candidates[0]

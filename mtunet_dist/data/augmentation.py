@@ -1,0 +1,63 @@
+"""Random augmentation as numbers: drawn here per (seed, epoch, sample), carried out by whichever loader runs.
+
+Because the draw knows nothing of ranks, batches or threads, a resumed or rescaled run sees the same images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What happens to one sample: crop this window, resize it back to full size, then perhaps flip."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    depth_factor: float  # multiplies depth: zooming in by s brings a scene s times closer
+    flip: bool
+
+
+class Augmentation:
+    """Draws for images of ``height`` x ``width``.
+
+    ``depth_kind`` decides how depth follows a zoom by s: metric depth is divided by s, inverse depth (disparity)
+    multiplied, as in MTAN's RandomScaleCrop.
+    """
+
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        depth_kind: Literal["metric", "inverse"],
+        *,
+        flip: bool = False,
+        scales: Sequence[float] = (1.0,),
+        seed: int = 0,
+    ) -> None:
+        self.height, self.width, self.depth_kind = height, width, depth_kind
+        self.flip, self.scales, self.seed = flip, tuple(scales), seed
+
+    @property
+    def zooms(self) -> bool:
+        """Whether any draw can crop."""
+        return any(scale != 1.0 for scale in self.scales)
+
+    def draw(self, epoch: int, sample: int) -> Draw:
+        """The augmentation of ``sample`` in ``epoch``."""
+        # 2^63 + epoch keeps clear of the keys of the shuffles; the counter gives each sample a stream of its own.
+        key = np.array([self.seed, (1 << 63) + epoch], dtype=np.uint64)
+        random = np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, sample], dtype=np.uint64)))
+        scale = self.scales[int(random.integers(len(self.scales)))]
+        height, width = round(self.height / scale), round(self.width / scale)
+        top = int(random.integers(self.height - height + 1))
+        left = int(random.integers(self.width - width + 1))
+        flip = bool(random.random() < 0.5) and self.flip
+        factor = 1.0 / scale if self.depth_kind == "metric" else scale
+        return Draw(top, left, height, width, factor, flip)

@@ -1,0 +1,176 @@
+"""Evaluate a run or a checkpoint on a split: ``python -m mtunet_dist.evaluate RUN_OR_CHECKPOINT [--split test]``.
+
+Works under torchrun too; the figures do not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from mtunet_dist import checkpoint, distributed
+from mtunet_dist.baselines import ConstantPredictor
+from mtunet_dist.config import Config, config_from_text
+from mtunet_dist.data.loader import Loader, make_loader
+from mtunet_dist.data.order import EvalOrder
+from mtunet_dist.data.prepared import DatasetInfo, PreparedDataset, PreparedSplit
+from mtunet_dist.errors import InputError, command
+from mtunet_dist.metrics import SegmentationMetric
+from mtunet_dist.multitask import MultiTaskStep, Segmentation, Task, build_step
+
+
+class Predictor(Protocol):
+    """What can be evaluated."""
+
+    tasks: list[Task]
+
+    def predict(self, image: Tensor) -> dict[str, Tensor]:
+        """Outputs {task: float32 (N, channels, H, W)} for uint8 images (N, 3, H, W)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Figures over a whole split, equal on all ranks; ``class_iou`` is NaN for classes that do not occur."""
+
+    samples: int
+    metrics: dict[str, float]
+    class_iou: dict[str, float]
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON, where NaN becomes null."""
+        clean = [{k: None if math.isnan(v) else v for k, v in d.items()} for d in (self.metrics, self.class_iou)]
+        return {"samples": self.samples, "metrics": clean[0], "class_iou": clean[1]}
+
+
+@torch.no_grad()
+def evaluate(predictor: Predictor, loader: Loader, device: torch.device) -> Evaluation:
+    """Run ``predictor``, in evaluation mode, over this rank's share of a split and reduce over ranks.
+
+    Raises InputError if the split is empty.
+    """
+    metrics = {task.name: task.metric(device) for task in predictor.tasks}
+    losses = {task.name: torch.zeros(2, dtype=torch.float64, device=device) for task in predictor.tasks}
+    samples = torch.zeros((), dtype=torch.int64, device=device)
+    for batch in loader.batches():
+        outputs = predictor.predict(batch["image"])
+        samples += len(batch["image"])
+        for task in predictor.tasks:
+            prediction, target = outputs[task.name], batch[task.name]
+            metrics[task.name].update(prediction, target)
+            losses[task.name] += torch.stack(task.loss(prediction, target)).double()
+    state = [samples, *losses.values(), *(t for m in metrics.values() for t in m.tensors())]
+    for tensor in state:
+        distributed.all_reduce_sum(tensor)
+
+    figures: dict[str, float] = {}
+    class_iou: dict[str, float] = {}
+    for task in predictor.tasks:
+        metric = metrics[task.name]
+        figures |= metric.compute()
+        total, count = losses[task.name].tolist()
+        figures[f"loss/{task.name}"] = total / max(count, 1.0)
+        if isinstance(task, Segmentation) and isinstance(metric, SegmentationMetric):
+            class_iou = dict(zip((c.name for c in task.classes), metric.iou_per_class(), strict=True))
+    return Evaluation(int(samples), figures, class_iou)
+
+
+def eval_loader(config: Config, split: PreparedSplit, device: torch.device) -> Loader:
+    """A loader of this rank's share of ``split``, every sample once."""
+    if not len(split):
+        raise InputError("the evaluation split is empty")
+    order = EvalOrder(
+        len(split),
+        batch_size=config.eval_batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    return make_loader(config.data, split, order, device)
+
+
+def load_step(state: checkpoint.State, config: Config, device: torch.device) -> MultiTaskStep:
+    """The trained MultiTaskStep of a checkpoint, in evaluation mode on ``device``."""
+    info = DatasetInfo.from_json(json.loads(state["dataset"]))
+    step = build_step(config, info.classes, info.depth)
+    step.load_state_dict(state["strategy"]["model"])
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    return step.to(device=device, memory_format=memory_format).eval()
+
+
+def load_run(path: Path, overrides: Sequence[str]) -> tuple[checkpoint.State, Config, Path]:
+    """The checkpoint that ``path`` (a run folder or a checkpoint) means, its config with ``overrides``, its file."""
+    file = checkpoint.resolve(path)
+    state = checkpoint.load(file)
+    return state, config_from_text(state["config"], overrides), file
+
+
+def check_same_meaning(dataset: DatasetInfo, state: checkpoint.State) -> None:
+    """Refuse (InputError) a dataset whose classes or depth are not those that the checkpoint was trained on."""
+    trained = DatasetInfo.from_json(json.loads(state["dataset"]))
+    for what in ("classes", "depth"):
+        here, there = getattr(dataset, what), getattr(trained, what)
+        if here != there:
+            raise InputError(f"the dataset's {what} {here} are not those the checkpoint was trained on: {there}")
+
+
+def table(title: str, columns: dict[str, Evaluation]) -> Table:
+    """Metrics as rows, one column per evaluation, then the IoU of each class."""
+    result = Table(title=title, title_justify="left")
+    result.add_column("metric")
+    for name in columns:
+        result.add_column(name, justify="right")
+    evaluations = list(columns.values())
+    for key in evaluations[0].metrics:
+        result.add_row(key, *(_cell(key, e.metrics.get(key, math.nan)) for e in evaluations))
+    result.add_section()
+    for name in evaluations[0].class_iou:
+        result.add_row(f"IoU {name}", *(_cell("miou", e.class_iou.get(name, math.nan)) for e in evaluations))
+    return result
+
+
+def _cell(key: str, value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value:.2%}" if key.endswith(("miou", "accuracy", "delta1")) else f"{value:.4f}"
+
+
+@command
+def main() -> None:
+    """Print the table and write ``evaluation-SPLIT.json`` beside the checkpoints."""
+    parser = argparse.ArgumentParser(prog="python -m mtunet_dist.evaluate", description=__doc__.splitlines()[0])
+    parser.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("--split", help="a split of the dataset, or several: train+val (default: the run's data.eval)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run's config, as data.root=")
+    args = parser.parse_intermixed_args()
+    state, config, file = load_run(args.path, args.overrides)
+    device = distributed.pick_device(config.device)
+    with distributed.process_group(device, config.timeout_s):
+        dataset = PreparedDataset(Path(config.data.root))
+        check_same_meaning(dataset.info, state)
+        name = args.split or config.data.eval
+        step = load_step(state, config, device)
+        loader = eval_loader(config, dataset.split(name), device)
+        trained = evaluate(step, loader, device)
+        constant = evaluate(ConstantPredictor(step.tasks, dataset.split(config.data.train)), loader, device)
+        if distributed.is_main():
+            title = f"{file}, step {state['step']}, on {name} ({trained.samples} samples)"
+            Console().print(table(title, {"trained": trained, "best constant": constant}))
+            result = {"checkpoint": str(file), "step": state["step"], "split": name}
+            folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
+            output = folder / f"evaluation-{name}.json"
+            text = json.dumps({**result, "trained": trained.as_dict(), "constant": constant.as_dict()}, indent=2)
+            output.write_text(text + "\n", encoding="utf-8")
+            print(f"written to {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""The tasks, and the one module that a strategy wraps: network, losses and loss weights together.
+
+Because all that is trained sits in one module with one scalar out, weights that learn by gradient are reduced,
+optimised and saved like any other parameter, whatever wraps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mtunet_dist import distributed, plugins
+from mtunet_dist.config import Config
+from mtunet_dist.constants import VOID
+from mtunet_dist.sources._source import ClassInfo, DepthInfo
+from mtunet_dist.losses import depth_loss, masked_mean, segmentation_loss
+from mtunet_dist.metrics import DepthMetric, SegmentationMetric
+
+Batch = dict[str, Tensor]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# The usual ImageNet statistics; every first layer is followed by batch norm, so any fixed scaling serves.
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+
+
+class Metric(Protocol):
+    """An accumulator over a whole set."""
+
+    def update(self, prediction: Tensor, target: Tensor) -> None: ...
+    def tensors(self) -> list[Tensor]: ...
+    def compute(self) -> dict[str, float]: ...
+
+
+class Task(Protocol):
+    """One thing predicted per pixel; its target is ``batch[name]``."""
+
+    name: str
+    channels: int
+
+    def loss(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the loss over valid pixels, and their number."""
+
+    def valid(self, target: Tensor) -> Tensor:
+        """How many pixels of ``target`` are valid."""
+
+    def metric(self, device: torch.device) -> Metric:
+        """A new accumulator."""
+
+
+class Segmentation:
+    """Semantic segmentation; target uint8 (N, H, W), 255 = void."""
+
+    name = "segmentation"
+
+    def __init__(self, classes: Sequence[ClassInfo]) -> None:
+        self.classes = tuple(classes)
+        self.channels = len(self.classes)
+
+    def loss(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy (eq. 3)."""
+        return segmentation_loss(prediction, target)
+
+    def valid(self, target: Tensor) -> Tensor:
+        """Number of pixels that are not void."""
+        return (target != VOID).sum()
+
+    def metric(self, device: torch.device) -> SegmentationMetric:
+        """Confusion matrix and the legacy averages."""
+        return SegmentationMetric(self.channels, device)
+
+
+class Depth:
+    """Depth; target float32 (N, 1, H, W) in the dataset's unit, 0 = invalid."""
+
+    name = "depth"
+    channels = 1
+
+    def __init__(self, info: DepthInfo) -> None:
+        self.info = info
+
+    def loss(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """L1 (eq. 2)."""
+        return depth_loss(prediction, target)
+
+    def valid(self, target: Tensor) -> Tensor:
+        """Number of pixels with a depth."""
+        return ((target > 0) & target.isfinite()).sum()
+
+    def metric(self, device: torch.device) -> DepthMetric:
+        """Absolute, relative and squared error, delta, and the legacy averages."""
+        return DepthMetric(device)
+
+
+def make_tasks(names: Sequence[str], classes: Sequence[ClassInfo], depth: DepthInfo) -> list[Task]:
+    """The named tasks (of ``config.TASKS``) on a dataset of these classes and this depth."""
+    makers: dict[str, Callable[[], Task]] = {
+        "segmentation": lambda: Segmentation(classes),
+        "depth": lambda: Depth(depth),
+    }
+    return [makers[name]() for name in names]
+
+
+class MultiTaskStep(nn.Module):
+    """Batch in, weighted total loss out. Owns normalisation and autocast, so training and use agree."""
+
+    image_mean: Tensor
+    image_std: Tensor
+
+    def __init__(self, model: nn.Module, tasks: Sequence[Task], weighting: nn.Module, precision: str = "fp32") -> None:
+        super().__init__()
+        self.model = model
+        self.weighting = weighting
+        self.tasks = list(tasks)
+        self.dtype = DTYPES[precision]
+        self.register_buffer("image_mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("image_std", torch.tensor(IMAGE_STD).view(3, 1, 1) * 255, persistent=False)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Total loss with gradient, and each task's own loss without.
+
+        A loss is the sum over valid pixels divided by their number: this batch's, or what
+        ``share_valid_counts`` put into the batch.
+        """
+        outputs = self.predict(batch["image"])
+        losses = {}
+        for task in self.tasks:
+            loss_sum, count = task.loss(outputs[task.name], batch[task.name])
+            shared = batch.get(f"valid/{task.name}")
+            losses[task.name] = masked_mean(loss_sum, count) if shared is None else loss_sum / shared
+        return self.weighting(losses), {name: loss.detach() for name, loss in losses.items()}
+
+    def predict(self, image: Tensor) -> dict[str, Tensor]:
+        """Outputs {task: float32 (N, channels, H, W)} for uint8 images (N, 3, H, W)."""
+        with self._autocast(image):
+            outputs: dict[str, Tensor] = self.model(self._normalised(image))
+        return {name: output.float() for name, output in outputs.items()}
+
+    def predict_with_masks(self, image: Tensor) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+        """``predict``, and the attention masks per task, deepest decoder block first, of a model that has them."""
+        if not hasattr(self.model, "forward_with_masks"):
+            return self.predict(image), {}
+        with self._autocast(image):
+            outputs, masks = self.model.forward_with_masks(self._normalised(image))
+        return {name: output.float() for name, output in outputs.items()}, masks
+
+    def _normalised(self, image: Tensor) -> Tensor:
+        return (image.float() - self.image_mean) / self.image_std
+
+    def _autocast(self, image: Tensor) -> torch.autocast:
+        return torch.autocast(image.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+
+def build_step(config: Config, classes: Sequence[ClassInfo], depth: DepthInfo) -> MultiTaskStep:
+    """The untrained MultiTaskStep that ``config`` describes, for a dataset of these classes and this depth."""
+    tasks = make_tasks(config.tasks, classes, depth)
+    model = _build("model", config.model, {task.name: task.channels for task in tasks})
+    weighting = _build("weighting", config.weighting, list(config.tasks))
+    return MultiTaskStep(model, tasks, weighting, config.precision)
+
+
+def _build(kind: str, section: dict[str, Any], argument: Any) -> nn.Module:
+    options = {key: value for key, value in section.items() if key != "name"}
+    module: nn.Module = plugins.build(kind, section["name"], argument, **options)
+    return module
+
+
+def share_valid_counts(batches: Sequence[Batch], tasks: Sequence[Task]) -> None:
+    """Put into each micro-batch of one optimiser step the mean number of valid pixels over all of them, on all ranks.
+
+    Dividing by it instead of by its own count makes the averaged gradient that of one mean over all valid pixels
+    of the step, however they are spread over ranks and micro-batches. One all-reduce of a few numbers.
+    """
+    counts = torch.stack([sum((t.valid(b[t.name]) for b in batches), torch.zeros(())) for t in tasks]).double()
+    parts = len(batches) * distributed.world_size()
+    means = (distributed.all_reduce_sum(counts).clamp(min=1) / parts).float()
+    for batch in batches:
+        for i, task in enumerate(tasks):
+            batch[f"valid/{task.name}"] = means[i]

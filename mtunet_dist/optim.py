@@ -1,0 +1,64 @@
+"""The optimiser, its parameter groups, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch.optim import Optimizer
+
+from mtunet_dist.config import OptimConfig
+from mtunet_dist.multitask import MultiTaskStep
+
+
+def build_optimizer(step: MultiTaskStep, config: OptimConfig) -> Optimizer:
+    """The configured optimiser over ``step``.
+
+    Biases and norm parameters are not decayed. Weights of the losses that learn by gradient form a group of their
+    own with the weighting's ``lr``, which no schedule changes.
+    """
+    model = [p for p in step.model.parameters() if p.requires_grad]
+    weighting = list(step.weighting.parameters())
+    groups = [
+        {"params": [p for p in model if p.ndim > 1], "scheduled": True},
+        {"params": [p for p in model if p.ndim <= 1], "scheduled": True, "weight_decay": 0.0},
+    ]
+    if weighting:
+        groups.append({"params": weighting, "scheduled": False, "weight_decay": 0.0, "lr": step.weighting.lr})
+    builders: dict[str, Callable[[], Optimizer]] = {
+        "adam": lambda: torch.optim.Adam(
+            groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        ),
+        "adamw": lambda: torch.optim.AdamW(
+            groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        ),
+        "sgd": lambda: torch.optim.SGD(
+            groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+        ),
+    }
+    return builders[config.name]()
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Give ``lr`` to every group that follows the schedule."""
+    for group in optimizer.param_groups:
+        if group["scheduled"]:
+            group["lr"] = lr
+
+
+def lr_at(step: int, config: OptimConfig, steps_per_epoch: int, total_steps: int) -> float:
+    """Learning rate of optimiser step ``step`` (from 0)."""
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    factors: dict[str, Callable[[], float]] = {
+        "constant": lambda: 1.0,
+        "step": lambda: config.step_gamma ** math.floor(step / steps_per_epoch / config.step_epochs),
+        "linear": lambda: 1 - progress,
+        "cosine": lambda: (1 + math.cos(math.pi * progress)) / 2,
+        "poly": lambda: (1 - progress) ** config.poly_power,
+    }
+    floor = config.min_lr if config.schedule in ("linear", "cosine", "poly") else 0.0
+    return floor + (config.lr - floor) * factors[config.schedule]()

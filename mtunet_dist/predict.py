@@ -1,0 +1,112 @@
+"""Predict on your own images: ``python -m mtunet_dist.predict RUN_OR_CHECKPOINT IMAGE... --out FOLDER``.
+
+Per image STEM, at its own size: ``STEM.label.png`` (8-bit class indices), ``STEM.depth.png`` (16-bit, in the stored
+units of the training set) and ``STEM.preview.png``. Needs the checkpoint alone, not the dataset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.progress import track
+from torch import Tensor
+
+from mtunet_dist import distributed, pictures
+from mtunet_dist.data.prepared import DatasetInfo
+from mtunet_dist.errors import InputError, command
+from mtunet_dist.evaluate import load_run, load_step
+from mtunet_dist.multitask import Depth, MultiTaskStep, Segmentation
+from mtunet_dist.sources._images import decode, resize
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+def predict(step: MultiTaskStep, info: DatasetInfo, rgb: np.ndarray, device: torch.device) -> dict[str, np.ndarray]:
+    """Outputs for one image uint8 (H, W, 3), at its size.
+
+    ``segmentation`` uint8 (H, W) class indices, ``depth`` float32 (H, W) in the dataset's unit.
+    """
+    size = (rgb.shape[1], rgb.shape[0])
+    small = resize(rgb, "rgb", info.height, info.width)
+    image = torch.from_numpy(small.copy()).permute(2, 0, 1)[None].to(device)
+    with torch.inference_mode():
+        outputs = {name: output[0].cpu() for name, output in step.predict(image).items()}
+    results = {}
+    for task in step.tasks:
+        if isinstance(task, Segmentation):
+            label = outputs[task.name].argmax(0).to(torch.uint8)
+            results[task.name] = _resized(label, size, Image.Resampling.NEAREST)
+        elif isinstance(task, Depth):
+            results[task.name] = _resized(outputs[task.name][0], size, Image.Resampling.BILINEAR)
+    return results
+
+
+def write(out: Path, stem: str, rgb: np.ndarray, results: dict[str, np.ndarray], step: MultiTaskStep) -> None:
+    """Write the files of one image into ``out``."""
+    tiles = {"image": rgb}
+    for task in step.tasks:
+        if isinstance(task, Segmentation):
+            Image.fromarray(results[task.name]).save(out / f"{stem}.label.png")
+            tiles["label"] = pictures.label_colors(results[task.name], [c.color for c in task.classes])
+        elif isinstance(task, Depth):
+            depth = np.maximum(results[task.name], task.info.scale)
+            stored = np.minimum(np.round(depth / task.info.scale), 65535).astype(np.uint16)
+            Image.fromarray(stored).save(out / f"{stem}.depth.png")
+            low, high = np.percentile(depth, (2, 98))
+            tiles[f"depth {low:.3g}..{high:.3g} {task.info.unit}"] = pictures.depth_colors(depth, low, high)
+    Image.fromarray(pictures.row(tiles)).save(out / f"{stem}.preview.png")
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """The images among ``paths`` and in the folders among them. InputError if one is neither, or stems collide."""
+    images: dict[str, Path] = {}
+    for path in paths:
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        for image in found:
+            if not image.is_file():
+                raise InputError(f"{image} does not exist")
+            if image.stem in images:
+                raise InputError(f"{image} and {images[image.stem]} have the same stem; predict them apart")
+            images[image.stem] = image
+    if not images:
+        raise InputError(f"no image ({', '.join(SUFFIXES)}) in {', '.join(map(str, paths))}")
+    return list(images.values())
+
+
+def _resized(x: Tensor, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
+    return np.asarray(Image.fromarray(x.numpy()).resize(size, resample))
+
+
+@command
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m mtunet_dist.predict", description=__doc__.splitlines()[0])
+    parser.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    parser.add_argument("--out", type=Path, required=True, help="where the results go")
+    args = parser.parse_args()
+    images = find_images(args.images)
+    state, config, file = load_run(args.path, [])
+    device = distributed.pick_device(config.device)
+    info = DatasetInfo.from_json(json.loads(state["dataset"]))
+    step = load_step(state, config, device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for path in track(images, description=str(file)):
+        rgb = decode(path.read_bytes(), "rgb", str(path))
+        write(args.out, path.stem, rgb, predict(step, info, rgb, device), step)
+    print(f"{len(images)} images written to {args.out}")
+    for task in step.tasks:
+        if isinstance(task, Segmentation):
+            print("label values:", ", ".join(f"{i} {c.name}" for i, c in enumerate(task.classes)))
+        elif isinstance(task, Depth):
+            print(f"depth in {task.info.unit} = stored value * {task.info.scale:g}")
+
+
+if __name__ == "__main__":
+    main()

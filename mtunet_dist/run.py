@@ -1,0 +1,236 @@
+"""A run: what it is built from, its folder, and the state that a checkpoint carries over.
+
+The folder explains itself: config.yaml, environment.json, metrics.jsonl, tensorboard/, checkpoints/, pictures/.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from mtunet_dist import checkpoint, distributed, plugins, tracking
+from mtunet_dist.config import Config, config_from_text, save_config, to_yaml
+from mtunet_dist.data.augmentation import Augmentation
+from mtunet_dist.data.loader import Batch, Loader, make_loader
+from mtunet_dist.data.order import EvalOrder, TrainOrder
+from mtunet_dist.data.prepared import PreparedDataset, PreparedSplit
+from mtunet_dist.data.torch_loader import TorchLoader
+from mtunet_dist.errors import InputError
+from mtunet_dist.evaluate import eval_loader
+from mtunet_dist.multitask import MultiTaskStep, build_step
+from mtunet_dist.strategies._strategy import Strategy
+
+# What may differ between a checkpoint and the run that continues it: none of it changes what is learned,
+# or (epochs) the user means it to.
+MAY_CHANGE = (
+    "run_dir",
+    "data.root",
+    "data.eval",
+    "data.loader",
+    "data.threads",
+    "data.prefetch",
+    "strategy",
+    "epochs",
+    "eval_batch_size",
+    "eval_every_epochs",
+    "channels_last",
+    "device",
+    "timeout_s",
+    "checkpoint",
+    "log",
+)
+
+
+@dataclasses.dataclass
+class Run:
+    """What the training loop works with."""
+
+    config: Config
+    device: torch.device
+    dataset: PreparedDataset
+    train_split: PreparedSplit
+    order: TrainOrder
+    loader: Loader
+    eval_loader: Loader
+    strategy: Strategy
+    picture_batch: Batch | None  # on rank 0, if pictures are wanted
+
+    # How far the run is.
+    step: int = 0  # optimiser steps done
+    best: float | None = None  # value of the metric checkpoint.best
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the newest evaluation
+
+    @property
+    def module(self) -> MultiTaskStep:
+        """The bare module under the strategy."""
+        return self.strategy.module
+
+    @property
+    def dir(self) -> Path:
+        """The run folder."""
+        return Path(self.config.run_dir)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps in the whole run."""
+        return self.config.epochs * self.order.steps_per_epoch
+
+
+def start(config: Config, device: torch.device) -> Run:
+    """Build everything that ``config`` names, restore the newest checkpoint of its run folder, open the folder.
+
+    Raises InputError before anything is written if config, data and checkpoint do not fit together.
+    """
+    run = _build(config, device)
+    _restore(run)
+    if distributed.is_main():
+        (run.dir / "pictures").mkdir(parents=True, exist_ok=True)
+        save_config(config, run.dir / "config.yaml")
+        text = json.dumps(tracking.environment(), indent=2) + "\n"
+        (run.dir / "environment.json").write_text(text, encoding="utf-8")
+    return run
+
+
+def save(run: Run, *, best: bool) -> None:
+    """Write a checkpoint; called on every rank."""
+    distributed.average_buffers(run.module)
+    strategy_state = run.strategy.save()
+    ranks = distributed.gather_to_main(_rank_state(run))
+    if distributed.is_main():
+        state = {
+            "step": run.step,
+            "strategy": strategy_state,
+            "ranks": ranks,
+            "best": {"metric": run.config.checkpoint.best, "value": run.best},
+            "metrics": run.metrics,
+            "config": to_yaml(run.config),
+            "dataset": json.dumps(dataclasses.asdict(run.dataset.info)),
+            "fingerprint": run.train_split.fingerprint,
+        }
+        checkpoint.save(run.dir / "checkpoints", state, keep=run.config.checkpoint.keep, best=best)
+
+
+def _build(config: Config, device: torch.device) -> Run:
+    dataset = PreparedDataset(Path(config.data.root))
+    info = dataset.info
+    train_split, eval_split = dataset.split(config.data.train), dataset.split(config.data.eval)
+    order = TrainOrder(
+        len(train_split),
+        batch_size=config.batch_size,
+        accumulate=config.optim.accumulate,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        seed=config.seed,
+    )
+    augment = config.data.augment
+    augmentation = None
+    if augment.flip or any(scale != 1.0 for scale in augment.scales):
+        augmentation = Augmentation(
+            info.height, info.width, info.depth.kind, flip=augment.flip, scales=augment.scales, seed=config.seed
+        )
+    torch.manual_seed(config.seed)  # the same initial weights everywhere
+    step = build_step(config, info.classes, info.depth)
+    known = [name for task in step.tasks for name in task.metric(torch.device("cpu")).compute()]
+    if config.checkpoint.best not in known:
+        raise InputError(f"checkpoint.best={config.checkpoint.best} is no metric. Available: {', '.join(known)}")
+    options = {key: value for key, value in config.strategy.items() if key != "name"}
+    strategy = plugins.build("strategy", config.strategy["name"], step, config, device, **options)
+    picture_batch = None
+    if config.log.pictures and distributed.is_main():
+        count = min(config.log.pictures, len(eval_split))
+        picture_batch = next(TorchLoader(eval_split, EvalOrder(count, batch_size=count), device).batches())
+    return Run(
+        config=config,
+        device=device,
+        dataset=dataset,
+        train_split=train_split,
+        order=order,
+        loader=make_loader(config.data, train_split, order, device, augmentation),
+        eval_loader=eval_loader(config, eval_split, device),
+        strategy=strategy,
+        picture_batch=picture_batch,
+    )
+
+
+def _restore(run: Run) -> None:
+    """Continue from the newest checkpoint, or begin with a random state of this rank's own."""
+    torch.manual_seed(run.config.seed * 1_000_003 + distributed.rank() + 1)  # dropout differs between ranks
+    state = checkpoint.latest(run.dir / "checkpoints")
+    if state is None:
+        return
+    _check_same_training(run, state)
+    run.strategy.load(state["strategy"])
+    _restore_rank(run, state["ranks"])
+    run.step = state["step"]
+    run.metrics = state["metrics"]
+    if state["best"]["metric"] == run.config.checkpoint.best:
+        run.best = state["best"]["value"]
+
+
+def _check_same_training(run: Run, state: checkpoint.State) -> None:
+    """Refuse to continue a checkpoint of another training."""
+    where = f"{run.dir} holds a checkpoint"
+    if state["fingerprint"] != run.train_split.fingerprint:
+        raise InputError(f"{where} trained on other data than {run.config.data.root}; choose another run_dir")
+    before = _flat(config_from_text(state["config"]))
+    now = _flat(run.config)
+    changed = [
+        f"{key}={before.get(key)} (now {now.get(key)})"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(key == k or key.startswith(k + ".") for k in MAY_CHANGE)
+    ]
+    if changed:
+        raise InputError(f"{where} trained with {', '.join(changed)}; choose another run_dir")
+    if state["step"] > run.total_steps:
+        raise InputError(f"{where} of step {state['step']}, beyond epochs={run.config.epochs}")
+
+
+def _flat(config: Config) -> dict[str, object]:
+    """``config`` as one level of dotted keys."""
+    flat: dict[str, object] = {}
+
+    def walk(prefix: str, value: object) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, item)
+        else:
+            flat[prefix] = value
+
+    walk("", OmegaConf.to_container(OmegaConf.create(to_yaml(config))))
+    return flat
+
+
+def _rank_state(run: Run) -> dict[str, object]:
+    """What differs between ranks: random generators, and the loss statistics of the epoch so far."""
+    state: dict[str, object] = {"rng": torch.get_rng_state(), "weighting": _local_buffers(run.module.weighting)}
+    if run.device.type == "cuda":
+        state["cuda_rng"] = torch.cuda.get_rng_state(run.device)
+    return state
+
+
+def _restore_rank(run: Run, ranks: list[dict[str, object]]) -> None:
+    """Give this rank its own state back.
+
+    With another number of ranks the random state starts anew, and rank 0 carries on the sum of the statistics.
+    """
+    mine = _local_buffers(run.module.weighting)
+    if len(ranks) == distributed.world_size():
+        state = ranks[distributed.rank()]
+        torch.set_rng_state(state["rng"])
+        if run.device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"], run.device)
+        for name, buffer in mine.items():
+            buffer.copy_(state["weighting"][name])
+        return
+    for name, buffer in mine.items():
+        total = sum(state["weighting"][name] for state in ranks)
+        buffer.copy_(total if distributed.is_main() else torch.zeros_like(buffer))
+
+
+def _local_buffers(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: buffer for name, buffer in module.named_buffers() if name.split(".")[-1].startswith("local_")}

@@ -1,0 +1,88 @@
+"""DistributedDataParallel; with one process the same code without the wrapper."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mtunet_dist import distributed, optim
+from mtunet_dist.config import Config
+from mtunet_dist.multitask import Batch, MultiTaskStep
+
+
+class DDPStrategy:
+    """Gradients averaged by DDP.
+
+    Options:
+        bucket_cap_mb: size of the buckets in which gradients are reduced while the backward pass goes on.
+        gradient_as_bucket_view: let gradients live in those buckets, which saves one copy of them.
+    """
+
+    def __init__(
+        self,
+        step: MultiTaskStep,
+        config: Config,
+        device: torch.device,
+        *,
+        bucket_cap_mb: int = 25,
+        gradient_as_bucket_view: bool = True,
+    ) -> None:
+        # Strides must be final before DDP copies them into its buckets; later the first gradient would be wrong.
+        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.module = step.to(device=device, memory_format=memory_format)
+        self.clip_norm = config.optim.clip_norm
+        self.optimizer = optim.build_optimizer(self.module, config.optim)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.wrapped: nn.Module = self.module
+        if distributed.is_on():
+            self.wrapped = DistributedDataParallel(
+                self.module,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                # Running statistics are averaged before evaluation and saving instead of broadcast every step;
+                # a broadcast would also overwrite each rank's own loss statistics.
+                broadcast_buffers=False,
+                bucket_cap_mb=bucket_cap_mb,
+                gradient_as_bucket_view=gradient_as_bucket_view,
+            )
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        result: tuple[Tensor, dict[str, Tensor]] = self.wrapped(batch)
+        return result
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
+        if isinstance(self.wrapped, DistributedDataParallel) and not last:
+            return self.wrapped.no_sync()
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def apply(self, lr: float) -> Tensor:
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        if self.clip_norm:
+            nn.utils.clip_grads_with_norm_(self.module.parameters(), self.clip_norm, norm)
+        optim.set_lr(self.optimizer, lr)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def save(self) -> dict[str, Any]:
+        return {
+            "model": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.module.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+PLUGIN = DDPStrategy

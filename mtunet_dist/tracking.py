@@ -1,0 +1,191 @@
+"""What a run tells the world: a progress bar, metrics.jsonl and TensorBoard, all from rank 0."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from mtunet_dist import __version__, distributed
+
+PLAIN_LINE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Means over the steps since the last report, over all ranks."""
+
+    losses: dict[str, float]  # per task, and "total"
+    weights: dict[str, float]  # loss weight per task
+    lr: float
+    grad_norm: float
+
+
+class Tracker:
+    """Reports of one process that trains ``total_steps`` steps, ``start_step`` of them done before. Silent off rank 0.
+
+    A resumed run drops what metrics.jsonl and TensorBoard hold beyond ``start_step``: those steps come again.
+    """
+
+    def __init__(
+        self, run_dir: Path, *, start_step: int, total_steps: int, steps_per_epoch: int, batch_size: int
+    ) -> None:
+        self.main = distributed.is_main()
+        self.start_step, self.total_steps = start_step, total_steps
+        self.steps_per_epoch, self.batch_size = steps_per_epoch, batch_size
+        self.begin = self.last_time = time.perf_counter()
+        self.last_step = start_step
+        self.paused_s = 0.0
+        self.printed = -math.inf
+        if not self.main:
+            return
+        self.console = Console()
+        self.run_dir = run_dir
+        self.metrics_file = run_dir / "metrics.jsonl"
+        _drop_records_after(self.metrics_file, start_step)
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[report]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.bar_task = self.bar.add_task(self._epoch(start_step), total=total_steps, completed=start_step, report="")
+        self.bar.start()
+
+    def steps(self, done: int, report: StepReport) -> None:
+        """Record the steps since the last report, the newest of which was number ``done`` (from 1)."""
+        if not self.main:
+            return
+        now = time.perf_counter()
+        seconds = max(now - self.last_time - self.paused_s, 1e-9)
+        speed = (done - self.last_step) * self.batch_size / seconds
+        self.last_time, self.last_step, self.paused_s = now, done, 0.0
+        self._scalars(
+            "train",
+            done,
+            {
+                **{f"loss/{k}": v for k, v in report.losses.items()},
+                **{f"weight/{k}": v for k, v in report.weights.items()},
+                "lr": report.lr,
+                "grad_norm": report.grad_norm,
+                "samples_per_s": speed,
+            },
+        )
+        left = timedelta(seconds=round((now - self.begin) / (done - self.start_step) * (self.total_steps - done)))
+        text = f"loss {report.losses['total']:.4f}  {speed:.1f} samples/s  {left} left"
+        self.bar.update(self.bar_task, completed=done, description=self._epoch(done - 1), report=text)
+        if self.bar.disable and (now - self.printed > PLAIN_LINE_SECONDS or done == self.total_steps):
+            self.printed = now
+            self.console.print(f"{self._epoch(done - 1)}  step {done}/{self.total_steps}  {text}", highlight=False)
+
+    def evaluation(self, done: int, metrics: Mapping[str, float], class_iou: Mapping[str, float]) -> None:
+        """Record an evaluation after ``done`` steps and print its main figures."""
+        if not self.main:
+            return
+        self._scalars("eval", done, {**metrics, **{f"iou/{name}": value for name, value in class_iou.items()}})
+        shown = [f"{k} {metrics[k]:.4f}" for k in ("miou", "accuracy", "depth_abs", "depth_rel") if k in metrics]
+        self.console.print(f"{self._epoch(done - 1)}  evaluation: {'  '.join(shown)}", highlight=False)
+
+    def picture(self, done: int, sheet: np.ndarray) -> None:
+        """Show a uint8 (height, width, 3) picture in TensorBoard."""
+        if self.main:
+            self.board.add_image("predictions", sheet, done, dataformats="HWC")
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        if self.main:
+            self.console.print(text, highlight=False)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count into samples/s."""
+        start = time.perf_counter()
+        yield
+        self.paused_s += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Write out everything and end the progress bar."""
+        if self.main:
+            self.bar.stop()
+            self.board.close()
+
+    def _scalars(self, kind: str, done: int, values: Mapping[str, float]) -> None:
+        record = {"kind": kind, "step": done, "epoch": done / self.steps_per_epoch, "time": time.time()}
+        # JSON knows neither NaN nor infinity: an undefined figure is null.
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**record, **finite}) + "\n")
+        for key, value in values.items():
+            self.board.add_scalar(f"{kind}/{key}", value, done)
+
+    def _epoch(self, step: int) -> str:
+        return f"epoch {step // self.steps_per_epoch + 1}/{self.total_steps // self.steps_per_epoch}"
+
+
+def environment() -> dict[str, Any]:
+    """What this process runs on and with: versions, devices, code state, command."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "mtunet_dist": __version__,
+        "git": _git_state(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "gpus": gpus,
+        "world_size": distributed.world_size(),
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _git_state() -> str | None:
+    """Commit of the code, with ``-dirty`` when it was changed since; None outside a repository."""
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
+
+
+def _drop_records_after(path: Path, step: int) -> None:
+    """Keep the records up to ``step``; a last line cut short by a kill goes too."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,168 @@
+"""Train: ``python -m mtunet_dist.train CONFIG key=value...``, or the same after ``torchrun --nproc-per-node=N -m``.
+
+The same command resumes a run that was stopped, from its newest checkpoint, with the same result as if it had not
+been.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mtunet_dist import distributed, optim, pictures
+from mtunet_dist import run as runs
+from mtunet_dist.config import Config, load_config
+from mtunet_dist.data.loader import Batch
+from mtunet_dist.errors import NonFiniteLossError, command
+from mtunet_dist.evaluate import evaluate
+from mtunet_dist.multitask import share_valid_counts
+from mtunet_dist.run import Run
+from mtunet_dist.tracking import StepReport, Tracker
+
+OnEval = Callable[[int, dict[str, float]], None]
+
+
+def train(config: Config, on_eval: OnEval | None = None) -> dict[str, float]:
+    """Train as ``config`` says and return the metrics of the last evaluation.
+
+    ``on_eval(step, metrics)`` is called on every rank after each evaluation. Joins torchrun's process group, or
+    one that exists, or runs alone. Raises InputError for anything wrong with config, data or checkpoint, and
+    NonFiniteLossError when a loss stops being a number.
+    """
+    device = distributed.pick_device(config.device)
+    with distributed.process_group(device, config.timeout_s):
+        run = runs.start(config, device)
+        tracker = Tracker(
+            run.dir,
+            start_step=run.step,
+            total_steps=run.total_steps,
+            steps_per_epoch=run.order.steps_per_epoch,
+            batch_size=config.batch_size,
+        )
+        try:
+            tracker.say(_summary(run))
+            _loop(run, tracker, on_eval)
+        finally:
+            tracker.close()
+        return run.metrics
+
+
+def _loop(run: Run, tracker: Tracker, on_eval: OnEval | None) -> None:
+    config, order, step = run.config, run.order, run.module
+    batches = run.loader.batches(start=run.step * order.accumulate)
+    window: list[Tensor] = []  # losses of the steps since the last report, on the device
+
+    step.train()
+    while run.step < run.total_steps:
+        lr = optim.lr_at(run.step, config.optim, order.steps_per_epoch, run.total_steps)
+        losses, grad_norm = _optimiser_step(run, batches, lr)
+        window.append(losses)
+        run.step += 1
+
+        epoch, step_in_epoch = divmod(run.step, order.steps_per_epoch)
+        epoch_done, last = step_in_epoch == 0, run.step == run.total_steps
+        save = epoch_done and epoch % config.checkpoint.every_epochs == 0
+        save |= config.checkpoint.every_steps > 0 and run.step % config.checkpoint.every_steps == 0
+        if epoch_done:
+            step.weighting.end_epoch()
+        if epoch_done or save or run.step % config.log.every_steps == 0:  # so nothing non-finite is ever saved
+            tracker.steps(run.step, _report(run, window, lr, grad_norm))
+            window.clear()
+
+        best = False
+        with tracker.paused():
+            if last or (epoch_done and config.eval_every_epochs and epoch % config.eval_every_epochs == 0):
+                best = _evaluate(run, tracker)
+                if on_eval is not None:
+                    on_eval(run.step, run.metrics)
+            if save or best or last:
+                runs.save(run, best=best)
+
+
+def _optimiser_step(run: Run, batches: Iterator[Batch], lr: float) -> tuple[Tensor, Tensor]:
+    """One update from ``accumulate`` micro-batches; this rank's losses (tasks..., total) and the gradient norm."""
+    accumulate = run.order.accumulate
+    micro_batches = [next(batches) for _ in range(accumulate)]
+    share_valid_counts(micro_batches, run.module.tasks)
+    rows = []
+    for i, batch in enumerate(micro_batches):
+        with run.strategy.accumulate(last=i == accumulate - 1):
+            total, losses = run.strategy(batch)
+            run.strategy.backward(total / accumulate)
+        rows.append(torch.stack([*losses.values(), total.detach()]))
+    return torch.stack(rows).mean(0), run.strategy.apply(lr)
+
+
+def _report(run: Run, window: list[Tensor], lr: float, grad_norm: Tensor) -> StepReport:
+    """Bring the losses of the last steps to the host, once, averaged over ranks.
+
+    Raises NonFiniteLossError, on all ranks alike, that names task, step and epoch.
+    """
+    means = distributed.all_reduce_sum(torch.stack(window).double()) / distributed.world_size()
+    names = [*(task.name for task in run.module.tasks), "total"]
+    for step, row in enumerate(means.tolist(), start=run.step - len(window) + 1):
+        for name, value in zip(names, row, strict=True):
+            if not math.isfinite(value):
+                raise NonFiniteLossError(
+                    f"the loss '{name}' became {value} at step {step} (epoch "
+                    f"{(step - 1) // run.order.steps_per_epoch + 1}); checkpoints are from before. "
+                    "A lower optim.lr, or optim.clip_norm=1, may help"
+                )
+    weights = {name: weight.item() for name, weight in run.module.weighting.weights().items()}
+    return StepReport(dict(zip(names, means.mean(0).tolist(), strict=True)), weights, lr, grad_norm.item())
+
+
+def _evaluate(run: Run, tracker: Tracker) -> bool:
+    """Evaluate, report, draw; returns whether the model is the best so far."""
+    distributed.average_buffers(run.module)
+    run.module.eval()
+    result = evaluate(run.module, run.eval_loader, run.device)
+    run.module.train()
+    run.metrics = result.metrics
+    tracker.evaluation(run.step, result.metrics, result.class_iou)
+    if run.picture_batch is not None:
+        sheet = pictures.sheet(run.module, run.picture_batch)
+        tracker.picture(run.step, sheet)
+        Image.fromarray(sheet).save(run.dir / "pictures" / "latest.png")
+    name = run.config.checkpoint.best
+    value = result.metrics[name]
+    sign = 1 if name.endswith(("miou", "accuracy", "delta1")) else -1  # the others are errors
+    if math.isnan(value) or (run.best is not None and sign * value <= sign * run.best):
+        return False
+    run.best = value
+    return True
+
+
+def _summary(run: Run) -> str:
+    parameters = sum(p.numel() for p in run.module.model.parameters())
+    state = f"resuming at step {run.step}" if run.step else "starting"
+    if run.step == run.total_steps:
+        state = "already finished"
+    return (
+        f"{run.config.model['name']}, {parameters / 1e6:.2f} M parameters, {run.config.precision}, "
+        f"{distributed.world_size()} x {run.device.type}; {len(run.train_split)} samples, "
+        f"{run.order.steps_per_epoch} steps per epoch, {run.config.epochs} epochs; {state}; run folder {run.dir}"
+    )
+
+
+@command
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mtunet_dist.train",
+        description="Train, or resume a training. Every key is listed in mtunet_dist/config.py.",
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, as those in configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
+    args = parser.parse_args()
+    train(load_config(args.config, args.overrides))
+
+
+if __name__ == "__main__":
+    main()
