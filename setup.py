@@ -20,7 +20,7 @@ setup(
     package_data={"mtunet_dist": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=[
-        "torch>=2.10",
+        "torch>=2.13",
         "nvidia-dali-cuda130>=2.4",
         "numpy>=2",
         "omegaconf>=2.4",

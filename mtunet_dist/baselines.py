@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtunet_dist.constants import VOID
 from mtunet_dist.data.prepared import PreparedSplit
 from mtunet_dist.multitask import Depth, Segmentation, Task
+from mtunet_dist.schema import VOID
 
 MAX_SAMPLES = 500
 

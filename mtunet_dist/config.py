@@ -19,7 +19,6 @@ from omegaconf.errors import OmegaConfBaseException
 from mtunet_dist import plugins
 from mtunet_dist.errors import InputError, closest
 
-
 TASKS = ("segmentation", "depth")
 PLUGIN_SECTIONS = ("model", "weighting", "strategy")
 
@@ -127,7 +126,8 @@ def _load(layers: list[Any], overrides: Sequence[str]) -> Config:
     except OmegaConfBaseException as error:
         raise InputError(_one_line(error)) from None
     assert isinstance(config, Config)
-    config = dataclasses.replace(config, **{s: _plugin_section(s, getattr(config, s)) for s in PLUGIN_SECTIONS})
+    sections: dict[str, Any] = {s: _plugin_section(s, getattr(config, s)) for s in PLUGIN_SECTIONS}
+    config = dataclasses.replace(config, **sections)
     _check(config)
     return config
 
@@ -140,6 +140,21 @@ def save_config(config: Config, path: Path) -> None:
 def to_yaml(config: Config) -> str:
     """``config`` as YAML text, in the order of the dataclasses."""
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """``config`` as one level of dotted keys."""
+    values: dict[str, Any] = {}
+
+    def walk(prefix: str, section: dict[str, Any]) -> None:
+        for key, value in section.items():
+            if isinstance(value, dict):
+                walk(f"{prefix}{key}.", value)
+            else:
+                values[prefix + key] = value
+
+    walk("", dataclasses.asdict(config))
+    return values
 
 
 def plugin_options(kind: str, name: str, given: dict[str, Any] | Sequence[str]) -> dict[str, Any]:

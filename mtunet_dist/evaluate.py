@@ -26,7 +26,7 @@ from mtunet_dist.data.order import EvalOrder
 from mtunet_dist.data.prepared import DatasetInfo, PreparedDataset, PreparedSplit
 from mtunet_dist.errors import InputError, command
 from mtunet_dist.metrics import SegmentationMetric
-from mtunet_dist.multitask import MultiTaskStep, Segmentation, Task, build_step
+from mtunet_dist.multitask import MultiTaskStep, Segmentation, Task, build_step, place
 
 
 class Predictor(Protocol):
@@ -102,8 +102,7 @@ def load_step(state: checkpoint.State, config: Config, device: torch.device) -> 
     info = DatasetInfo.from_json(json.loads(state["dataset"]))
     step = build_step(config, info.classes, info.depth)
     step.load_state_dict(state["strategy"]["model"])
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    return step.to(device=device, memory_format=memory_format).eval()
+    return place(step, device, config.channels_last).eval()
 
 
 def load_run(path: Path, overrides: Sequence[str]) -> tuple[checkpoint.State, Config, Path]:

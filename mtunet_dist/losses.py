@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtunet_dist.constants import VOID
+from mtunet_dist.schema import VOID
 
 
 def segmentation_loss(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:

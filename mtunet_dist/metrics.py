@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from mtunet_dist.constants import VOID
+from mtunet_dist.schema import VOID
 
 
 class SegmentationMetric:

@@ -6,20 +6,24 @@ optimised and saved like any other parameter, whatever wraps it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mtunet_dist import distributed, plugins
 from mtunet_dist.config import Config
-from mtunet_dist.constants import VOID
-from mtunet_dist.sources._source import ClassInfo, DepthInfo
+from mtunet_dist.errors import InputError
 from mtunet_dist.losses import depth_loss, masked_mean, segmentation_loss
 from mtunet_dist.metrics import DepthMetric, SegmentationMetric
+from mtunet_dist.schema import VOID, ClassInfo, DepthInfo
 
 Batch = dict[str, Tensor]
+"""``image`` uint8 (N, 3, H, W) in channels-last memory, ``segmentation`` uint8 (N, H, W) with 255 void,
+``depth`` float32 (N, 1, H, W) in the dataset's unit with 0 invalid, ``sample`` int64 (N,) positions in the split."""
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # The usual ImageNet statistics; every first layer is followed by batch norm, so any fixed scaling serves.
@@ -49,6 +53,19 @@ class Task(Protocol):
 
     def metric(self, device: torch.device) -> Metric:
         """A new accumulator."""
+
+
+class Weighting(Protocol):
+    """How losses become one: a module; see ``weightings/``."""
+
+    def __call__(self, losses: dict[str, Tensor]) -> Tensor:
+        """The total of the tasks' losses."""
+
+    def end_epoch(self) -> None:
+        """Called on every rank after each epoch."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """The current weight of each task."""
 
 
 class Segmentation:
@@ -109,8 +126,10 @@ class MultiTaskStep(nn.Module):
 
     image_mean: Tensor
     image_std: Tensor
+    model: nn.Module
+    weighting: Weighting
 
-    def __init__(self, model: nn.Module, tasks: Sequence[Task], weighting: nn.Module, precision: str = "fp32") -> None:
+    def __init__(self, model: nn.Module, tasks: Sequence[Task], weighting: Weighting, precision: str = "fp32") -> None:
         super().__init__()
         self.model = model
         self.weighting = weighting
@@ -157,15 +176,30 @@ class MultiTaskStep(nn.Module):
 def build_step(config: Config, classes: Sequence[ClassInfo], depth: DepthInfo) -> MultiTaskStep:
     """The untrained MultiTaskStep that ``config`` describes, for a dataset of these classes and this depth."""
     tasks = make_tasks(config.tasks, classes, depth)
-    model = _build("model", config.model, {task.name: task.channels for task in tasks})
-    weighting = _build("weighting", config.weighting, list(config.tasks))
+    model = plugins.build("model", config.model, {task.name: task.channels for task in tasks})
+    weighting = plugins.build("weighting", config.weighting, list(config.tasks))
     return MultiTaskStep(model, tasks, weighting, config.precision)
 
 
-def _build(kind: str, section: dict[str, Any], argument: Any) -> nn.Module:
-    options = {key: value for key, value in section.items() if key != "name"}
-    module: nn.Module = plugins.build(kind, section["name"], argument, **options)
-    return module
+def place(step: MultiTaskStep, device: torch.device, channels_last: bool) -> MultiTaskStep:
+    """Move ``step`` to ``device`` and give its convolution weights the strides they are fastest with."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    placed: MultiTaskStep = step.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
+    return placed
+
+
+def check_model(step: MultiTaskStep, height: int, width: int) -> None:
+    """Try the model on the shape of the data, without arithmetic, before any work starts.
+
+    Raises InputError if it does not take images of that size or does not return what each task needs; a model's
+    own InputError says more.
+    """
+    model: nn.Module = copy.deepcopy(step.model).to("meta").eval()
+    outputs = model(torch.empty(2, 3, height, width, device="meta"))
+    for task in step.tasks:
+        shape, expected = tuple(outputs[task.name].shape), (2, task.channels, height, width)
+        if shape != expected:
+            raise InputError(f"the model's output for task '{task.name}' has shape {shape} instead of {expected}")
 
 
 def share_valid_counts(batches: Sequence[Batch], tasks: Sequence[Task]) -> None:

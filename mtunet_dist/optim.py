@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -19,13 +20,13 @@ def build_optimizer(step: MultiTaskStep, config: OptimConfig) -> Optimizer:
     own with the weighting's ``lr``, which no schedule changes.
     """
     model = [p for p in step.model.parameters() if p.requires_grad]
-    weighting = list(step.weighting.parameters())
-    groups = [
+    weighting: Any = step.weighting
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in model if p.ndim > 1], "scheduled": True},
         {"params": [p for p in model if p.ndim <= 1], "scheduled": True, "weight_decay": 0.0},
     ]
-    if weighting:
-        groups.append({"params": weighting, "scheduled": False, "weight_decay": 0.0, "lr": step.weighting.lr})
+    if learned := list(weighting.parameters()):
+        groups.append({"params": learned, "scheduled": False, "weight_decay": 0.0, "lr": weighting.lr})
     builders: dict[str, Callable[[], Optimizer]] = {
         "adam": lambda: torch.optim.Adam(
             groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True

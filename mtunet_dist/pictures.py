@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
-from mtunet_dist.constants import VOID
 from mtunet_dist.multitask import Batch, Depth, MultiTaskStep, Segmentation
+from mtunet_dist.schema import VOID
 
 # Google's Turbo colour map (A. Mikhailov, 2019, Apache-2.0) as its published polynomial in t, t^2, ... t^5.
 TURBO = np.array(
@@ -30,7 +30,8 @@ CAPTION_HEIGHT = 14
 def turbo(values: np.ndarray) -> np.ndarray:
     """Colours uint8 (..., 3) for values in [0, 1]."""
     powers = np.clip(values, 0, 1)[..., None] ** np.arange(6)
-    return np.round(np.clip(powers @ TURBO, 0, 1) * 255).astype(np.uint8)
+    colors: np.ndarray = np.round(np.clip(powers @ TURBO, 0, 1) * 255).astype(np.uint8)
+    return colors
 
 
 def label_colors(label: np.ndarray, palette: Sequence[tuple[int, int, int]]) -> np.ndarray:
@@ -38,7 +39,8 @@ def label_colors(label: np.ndarray, palette: Sequence[tuple[int, int, int]]) -> 
     table = np.zeros((256, 3), dtype=np.uint8)
     table[: len(palette)] = palette
     table[VOID] = 0
-    return table[label]
+    colors: np.ndarray = table[label]
+    return colors
 
 
 def depth_colors(depth: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -92,7 +94,7 @@ def sheet(step: MultiTaskStep, batch: Batch) -> np.ndarray:
                 tiles |= depth_tiles(task, output[0].numpy(), target[0])
             if masks.get(task.name):
                 tiles[f"attention, {task.name}"] = _mask_tile(masks[task.name][-1][i], output.shape[-2:])
-        rows.append(_row(tiles))
+        rows.append(row(tiles))
     return np.concatenate(rows)
 
 
@@ -115,7 +117,8 @@ def _mask_tile(mask: Tensor, size: Sequence[int]) -> np.ndarray:
     return turbo(F.interpolate(mean, size=tuple(size), mode="nearest-exact")[0, 0].cpu().numpy())
 
 
-def _row(tiles: dict[str, np.ndarray]) -> np.ndarray:
+def row(tiles: dict[str, np.ndarray]) -> np.ndarray:
+    """Tiles uint8 (H, W, 3) side by side, each with its caption."""
     return np.concatenate([_captioned(text, tile) for text, tile in tiles.items()], axis=1)
 
 

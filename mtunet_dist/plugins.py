@@ -12,6 +12,7 @@ import importlib
 import inspect
 import pkgutil
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from mtunet_dist.errors import InputError, closest
@@ -30,13 +31,14 @@ def find(kind: str, name: str) -> type:
     names = available(kind)
     if name not in names:
         raise InputError(f"unknown {kind} '{name}'.{closest(name, names)} Available: {', '.join(names)}")
-    return importlib.import_module(f"mtunet_dist.{PACKAGES[kind]}.{name}").PLUGIN
+    plugin: type = importlib.import_module(f"mtunet_dist.{PACKAGES[kind]}.{name}").PLUGIN
+    return plugin
 
 
 def options_schema(kind: str, name: str) -> type:
     """A dataclass of the options of plugin ``name`` (its keyword-only parameters) with types and defaults."""
     plugin = find(kind, name)
-    hints = typing.get_type_hints(plugin.__init__)
+    hints = typing.get_type_hints(plugin.__init__)  # type: ignore[misc]
     fields: list[Any] = [
         (p.name, hints[p.name], dataclasses.field(default=p.default))
         for p in inspect.signature(plugin).parameters.values()
@@ -45,6 +47,6 @@ def options_schema(kind: str, name: str) -> type:
     return dataclasses.make_dataclass(f"{kind} '{name}'", fields, frozen=True, namespace={"__module__": __name__})
 
 
-def build(kind: str, name: str, *args: Any, **options: Any) -> Any:
-    """Make plugin ``name`` from what the program hands it (``args``) and the user's ``options``."""
-    return find(kind, name)(*args, **options)
+def build(kind: str, section: Mapping[str, Any], *args: Any) -> Any:
+    """Make the plugin ``section["name"]`` from what the program hands it (``args``); the rest are its options."""
+    return find(kind, section["name"])(*args, **{key: value for key, value in section.items() if key != "name"})

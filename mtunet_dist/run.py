@@ -8,21 +8,21 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from mtunet_dist import checkpoint, distributed, plugins, tracking
-from mtunet_dist.config import Config, config_from_text, save_config, to_yaml
+from mtunet_dist.config import Config, config_from_text, flat, save_config, to_yaml
 from mtunet_dist.data.augmentation import Augmentation
-from mtunet_dist.data.loader import Batch, Loader, make_loader
+from mtunet_dist.data.loader import Loader, make_loader
 from mtunet_dist.data.order import EvalOrder, TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset, PreparedSplit
 from mtunet_dist.data.torch_loader import TorchLoader
 from mtunet_dist.errors import InputError
 from mtunet_dist.evaluate import eval_loader
-from mtunet_dist.multitask import MultiTaskStep, build_step
+from mtunet_dist.multitask import Batch, MultiTaskStep, build_step, check_model
 from mtunet_dist.strategies._strategy import Strategy
 
 # What may differ between a checkpoint and the run that continues it: none of it changes what is learned,
@@ -135,11 +135,11 @@ def _build(config: Config, device: torch.device) -> Run:
         )
     torch.manual_seed(config.seed)  # the same initial weights everywhere
     step = build_step(config, info.classes, info.depth)
+    check_model(step, info.height, info.width)
     known = [name for task in step.tasks for name in task.metric(torch.device("cpu")).compute()]
     if config.checkpoint.best not in known:
         raise InputError(f"checkpoint.best={config.checkpoint.best} is no metric. Available: {', '.join(known)}")
-    options = {key: value for key, value in config.strategy.items() if key != "name"}
-    strategy = plugins.build("strategy", config.strategy["name"], step, config, device, **options)
+    strategy = plugins.build("strategy", config.strategy, step, config, device)
     picture_batch = None
     if config.log.pictures and distributed.is_main():
         count = min(config.log.pictures, len(eval_split))
@@ -177,8 +177,8 @@ def _check_same_training(run: Run, state: checkpoint.State) -> None:
     where = f"{run.dir} holds a checkpoint"
     if state["fingerprint"] != run.train_split.fingerprint:
         raise InputError(f"{where} trained on other data than {run.config.data.root}; choose another run_dir")
-    before = _flat(config_from_text(state["config"]))
-    now = _flat(run.config)
+    before = flat(config_from_text(state["config"]))
+    now = flat(run.config)
     changed = [
         f"{key}={before.get(key)} (now {now.get(key)})"
         for key in sorted(before.keys() | now.keys())
@@ -190,47 +190,34 @@ def _check_same_training(run: Run, state: checkpoint.State) -> None:
         raise InputError(f"{where} of step {state['step']}, beyond epochs={run.config.epochs}")
 
 
-def _flat(config: Config) -> dict[str, object]:
-    """``config`` as one level of dotted keys."""
-    flat: dict[str, object] = {}
-
-    def walk(prefix: str, value: object) -> None:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                walk(f"{prefix}.{key}" if prefix else key, item)
-        else:
-            flat[prefix] = value
-
-    walk("", OmegaConf.to_container(OmegaConf.create(to_yaml(config))))
-    return flat
-
-
-def _rank_state(run: Run) -> dict[str, object]:
+def _rank_state(run: Run) -> dict[str, Any]:
     """What differs between ranks: random generators, and the loss statistics of the epoch so far."""
-    state: dict[str, object] = {"rng": torch.get_rng_state(), "weighting": _local_buffers(run.module.weighting)}
+    state: dict[str, Any] = {"rng": torch.get_rng_state(), "local": _local_buffers(run.module)}
     if run.device.type == "cuda":
         state["cuda_rng"] = torch.cuda.get_rng_state(run.device)
     return state
 
 
-def _restore_rank(run: Run, ranks: list[dict[str, object]]) -> None:
+def _restore_rank(run: Run, ranks: list[dict[str, Any]]) -> None:
     """Give this rank its own state back.
 
     With another number of ranks the random state starts anew, and rank 0 carries on the sum of the statistics.
     """
-    mine = _local_buffers(run.module.weighting)
+    mine = _local_buffers(run.module)
     if len(ranks) == distributed.world_size():
         state = ranks[distributed.rank()]
         torch.set_rng_state(state["rng"])
         if run.device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"], run.device)
         for name, buffer in mine.items():
-            buffer.copy_(state["weighting"][name])
+            buffer.copy_(state["local"][name])
         return
     for name, buffer in mine.items():
-        total = sum(state["weighting"][name] for state in ranks)
-        buffer.copy_(total if distributed.is_main() else torch.zeros_like(buffer))
+        buffer.zero_()
+        if distributed.is_main():
+            buffer.copy_(torch.stack([state["local"][name] for state in ranks]).sum(0))
 
 
 def _local_buffers(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Buffers that a weighting keeps for this rank alone."""
     return {name: buffer for name, buffer in module.named_buffers() if name.split(".")[-1].startswith("local_")}

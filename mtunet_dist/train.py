@@ -18,10 +18,9 @@ from torch import Tensor
 from mtunet_dist import distributed, optim, pictures
 from mtunet_dist import run as runs
 from mtunet_dist.config import Config, load_config
-from mtunet_dist.data.loader import Batch
 from mtunet_dist.errors import NonFiniteLossError, command
 from mtunet_dist.evaluate import evaluate
-from mtunet_dist.multitask import share_valid_counts
+from mtunet_dist.multitask import Batch, share_valid_counts
 from mtunet_dist.run import Run
 from mtunet_dist.tracking import StepReport, Tracker
 

@@ -11,10 +11,11 @@ import torch
 
 from mtunet_dist.config import DataConfig
 from mtunet_dist.data.augmentation import Augmentation
-from mtunet_dist.data.loader import Batch, make_loader
+from mtunet_dist.data.loader import make_loader
 from mtunet_dist.data.order import EvalOrder, Order, TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import SampleError
+from mtunet_dist.multitask import Batch
 
 CPU = torch.device("cpu")
 

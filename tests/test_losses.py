@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mtunet_dist.constants import VOID
 from mtunet_dist.losses import depth_loss, masked_mean, segmentation_loss
+from mtunet_dist.schema import VOID
 
 NAN, INF = math.nan, math.inf
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtunet_dist.constants import VOID
 from mtunet_dist.metrics import DepthMetric, SegmentationMetric
+from mtunet_dist.schema import VOID
 
 CLASSES = 4
 Batches = list[tuple[Tensor, Tensor]]

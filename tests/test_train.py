@@ -61,7 +61,15 @@ def test_it_learns_and_the_run_folder_explains_itself(make_config: MakeConfig) -
     train_records = records(config.run_dir, "train")
     assert [r["step"] for r in train_records][-1] == 75
     assert train_records[-1]["loss/total"] < train_records[0]["loss/total"]
-    keys = {"loss/segmentation", "loss/depth", "weight/segmentation", "weight/depth", "lr", "grad_norm", "samples_per_s"}
+    keys = {
+        "loss/segmentation",
+        "loss/depth",
+        "weight/segmentation",
+        "weight/depth",
+        "lr",
+        "grad_norm",
+        "samples_per_s",
+    }
     assert keys <= train_records[0].keys()
     assert [r["step"] for r in records(config.run_dir, "eval")] == [15, 30, 45, 60, 75]
     board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
@@ -190,11 +198,15 @@ def _updated_weights(config: Config) -> dict[str, torch.Tensor]:
 
 def test_a_loss_that_is_not_finite_stops_with_task_step_and_epoch(make_config: MakeConfig) -> None:
     config = make_config("optim.name=sgd", "optim.lr=1e18", "weighting.name=equal", "epochs=4")
-    with pytest.raises(NonFiniteLossError, match=r"the loss '(segmentation|depth)' became (nan|inf) at step \d+ \(epoch"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"the loss '(segmentation|depth)' became (nan|inf) at step \d+ \(epoch"
+    ):
         train(config)
     folder = Path(config.run_dir) / "checkpoints"
     assert all(
-        torch.isfinite(v).all() for p in checkpoint.by_age(folder) for v in checkpoint.load(p)["strategy"]["model"].values()
+        torch.isfinite(v).all()
+        for p in checkpoint.by_age(folder)
+        for v in checkpoint.load(p)["strategy"]["model"].values()
     )
 
 

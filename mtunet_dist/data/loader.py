@@ -13,10 +13,7 @@ from mtunet_dist.data.augmentation import Augmentation
 from mtunet_dist.data.order import Order, Plan
 from mtunet_dist.data.prepared import PreparedSplit
 from mtunet_dist.errors import InputError, SampleError
-
-Batch = dict[str, Tensor]
-"""``image`` uint8 (N, 3, H, W) in channels-last memory, ``segmentation`` uint8 (N, H, W) with 255 void,
-``depth`` float32 (N, 1, H, W) in the dataset's unit with 0 invalid, ``sample`` int64 (N,) positions in the split."""
+from mtunet_dist.multitask import Batch
 
 
 class Loader(Protocol):

@@ -26,7 +26,9 @@ class Plan:
 class Order(Protocol):
     """A sequence of plans for one rank."""
 
-    batches: int | None  # how many plans there are; None = endless
+    @property
+    def batches(self) -> int | None:
+        """How many plans there are; None = endless."""
 
     def plan(self, index: int) -> Plan:
         """Batch number ``index`` of this rank."""

@@ -16,8 +16,9 @@ import numpy as np
 
 from mtunet_dist.data.shards import Index, RgbFormat, read_json, sha256
 from mtunet_dist.errors import InputError
+from mtunet_dist.schema import ClassInfo, DepthInfo
 from mtunet_dist.sources._images import PARTS, decode
-from mtunet_dist.sources._source import ClassInfo, DepthInfo, RawSample
+from mtunet_dist.sources._source import RawSample
 
 FORMAT = 1
 INFO_FILE = "dataset.json"

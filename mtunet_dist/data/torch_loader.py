@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from mtunet_dist.data.augmentation import Augmentation, Draw
-from mtunet_dist.data.loader import Batch, as_batch, name_broken_sample
+from mtunet_dist.data.loader import as_batch, name_broken_sample
 from mtunet_dist.data.order import Order
 from mtunet_dist.data.prepared import PreparedSplit
 from mtunet_dist.errors import InputError
+from mtunet_dist.multitask import Batch
 
 Item = tuple[Tensor, Tensor, Tensor, float, int]
 
@@ -41,7 +42,7 @@ class TorchLoader:
         """Batches ``start``, ``start`` + 1, ... of the order; see ``Loader.batches``."""
         loader = DataLoader(
             self.samples,
-            batch_sampler=_planned(self.order, start),  # type: ignore[arg-type]  # any iterable of lists works
+            batch_sampler=_planned(self.order, start),
             collate_fn=_collate,
             num_workers=self.workers,
             prefetch_factor=self.prefetch if self.workers else None,
@@ -68,7 +69,7 @@ class _Samples(Dataset[Item]):
     def __init__(self, split: PreparedSplit, augmentation: Augmentation | None) -> None:
         self.split, self.augmentation = split, augmentation
 
-    def __getitem__(self, key: tuple[int, int]) -> Item:  # type: ignore[override]
+    def __getitem__(self, key: tuple[int, int]) -> Item:
         epoch, i = key
         raw = self.split.decode(i)
         image = torch.from_numpy(np.array(raw.rgb))

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mtunet_dist import distributed, optim
 from mtunet_dist.config import Config
-from mtunet_dist.multitask import Batch, MultiTaskStep
+from mtunet_dist.multitask import Batch, MultiTaskStep, place
 
 
 class DDPStrategy:
@@ -32,8 +32,7 @@ class DDPStrategy:
         gradient_as_bucket_view: bool = True,
     ) -> None:
         # Strides must be final before DDP copies them into its buckets; later the first gradient would be wrong.
-        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.module = step.to(device=device, memory_format=memory_format)
+        self.module = place(step, device, config.channels_last)
         self.clip_norm = config.optim.clip_norm
         self.optimizer = optim.build_optimizer(self.module, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
@@ -44,7 +43,7 @@ class DDPStrategy:
                 device_ids=[device.index] if device.type == "cuda" else None,
                 # Running statistics are averaged before evaluation and saving instead of broadcast every step;
                 # a broadcast would also overwrite each rank's own loss statistics.
-                broadcast_buffers=False,
+                forward_sync_buffers=False,
                 bucket_cap_mb=bucket_cap_mb,
                 gradient_as_bucket_view=gradient_as_bucket_view,
             )

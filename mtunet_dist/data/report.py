@@ -1,0 +1,56 @@
+"""What ``prepare`` shows: progress while it works, and a table of what it made."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mtunet_dist.data.prepared import PreparedDataset
+
+REPORT_SECONDS = 5.0  # between lines of progress where there is no terminal
+
+
+@contextlib.contextmanager
+def progress(total: int, console: Console) -> Iterator[Callable[[int], None]]:
+    """A function to call with the number of samples just done: moves a bar, or without a terminal prints lines."""
+    start = last = time.monotonic()
+    done = 0
+    columns = (TextColumn("samples"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        bar_task = bar.add_task("samples", total=total, rate="")
+
+        def advance(samples: int) -> None:
+            nonlocal done, last
+            done, now = done + samples, time.monotonic()
+            rate = f"{done / (now - start):.0f} samples/s"
+            bar.update(bar_task, advance=samples, rate=rate)
+            if not console.is_terminal and (now - last > REPORT_SECONDS or done == total):
+                console.print(f"{done} of {total} samples, {rate}")
+                last = now
+
+        yield advance
+
+
+def table(dataset: PreparedDataset) -> Table:
+    """The splits with the share of each class in all pixels and the depth of the valid ones."""
+    info = dataset.info
+    rows = Table(title=f"{dataset.root}: {info.width} wide, {info.height} high")
+    rows.add_column()
+    for name in info.splits:
+        rows.add_column(name, justify="right")
+    splits = list(info.splits.values())
+    pixels = [split.count * info.height * info.width for split in splits]
+    rows.add_row("samples", *(str(split.count) for split in splits), end_section=True)
+    for i, entry in enumerate(info.classes):
+        rows.add_row(entry.name, *(f"{s.class_pixels[i] / n:.1%}" for s, n in zip(splits, pixels, strict=True)))
+    rows.add_row("void", *(f"{s.void_pixels / n:.1%}" for s, n in zip(splits, pixels, strict=True)), end_section=True)
+    unit = "m" if info.depth.unit == "metre" else "no unit"
+    rows.add_row("valid depth", *(f"{s.valid_depth_pixels / n:.1%}" for s, n in zip(splits, pixels, strict=True)))
+    rows.add_row(f"depth mean ({unit})", *(f"{s.depth_mean:.4g}" for s in splits))
+    rows.add_row(f"depth range ({unit})", *(f"{s.depth_min:.4g} to {s.depth_max:.4g}" for s in splits))
+    return rows

@@ -1,0 +1,171 @@
+"""The work of ``prepare`` on one shard: read, check, resize, encode, write. Imports no torch: workers start fast.
+
+A finished shard has a sidecar, ``SHARD.tar.json``, from which a later run takes it over instead of making it again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mtunet_dist.data.prepared import FORMAT, Settings, ShardInfo, SplitInfo
+from mtunet_dist.data.shards import (
+    EncodedSample,
+    Index,
+    RgbFormat,
+    read_json,
+    sha256,
+    shard_name,
+    write_json,
+    write_shard,
+)
+from mtunet_dist.errors import InputError
+from mtunet_dist.schema import VOID
+from mtunet_dist.sources._images import PARTS, decode, resize
+from mtunet_dist.sources._source import RawSample, SampleFiles, Source
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """Shard ``number`` of ``split``, to be made in the folder ``out``."""
+
+    source: Source
+    settings: Settings
+    out: Path
+    split: str
+    number: int
+    samples: list[SampleFiles]
+
+    @property
+    def path(self) -> Path:
+        """The shard."""
+        return self.out / shard_name(self.split, self.number)
+
+    @property
+    def sidecar(self) -> Path:
+        """What says that the shard is finished, and holds its index and statistics until the dataset is complete."""
+        return self.path.with_name(self.path.name + ".json")
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for tasks that make the same shard of the same source files."""
+        content = [FORMAT, dataclasses.asdict(self.settings), [sample.key for sample in self.samples]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+@dataclass
+class Statistics:
+    """Sums over stored pixels, depth in stored units, so that shards add up exactly in any order."""
+
+    class_pixels: list[int]
+    void_pixels: int = 0
+    valid_depth_pixels: int = 0
+    depth_sum: int = 0
+    depth_min: int = 65535
+    depth_max: int = 0
+
+    def add_sample(self, sample: RawSample) -> None:
+        """Count the pixels of ``sample``."""
+        counts: list[int] = np.bincount(sample.label.ravel(), minlength=256).tolist()
+        valid = sample.depth[sample.depth > 0]
+        self.add(
+            Statistics(
+                counts[: len(self.class_pixels)],
+                counts[VOID],
+                valid.size,
+                int(valid.sum(dtype=np.int64)),
+                int(valid.min(initial=65535)),
+                int(valid.max(initial=0)),
+            )
+        )
+
+    def add(self, other: Statistics) -> None:
+        """Add what ``other`` counted."""
+        self.class_pixels = [a + b for a, b in zip(self.class_pixels, other.class_pixels, strict=True)]
+        self.void_pixels += other.void_pixels
+        self.valid_depth_pixels += other.valid_depth_pixels
+        self.depth_sum += other.depth_sum
+        self.depth_min = min(self.depth_min, other.depth_min)
+        self.depth_max = max(self.depth_max, other.depth_max)
+
+    def of_split(self, shards: Sequence[ShardInfo], depth_scale: float) -> SplitInfo:
+        """What ``dataset.json`` says of the split whose ``shards`` were counted."""
+        valid = self.valid_depth_pixels
+        return SplitInfo(
+            count=sum(shard.count for shard in shards),
+            shards=tuple(shards),
+            class_pixels=tuple(self.class_pixels),
+            void_pixels=self.void_pixels,
+            valid_depth_pixels=valid,
+            depth_mean=self.depth_sum / valid * depth_scale if valid else 0.0,
+            depth_min=self.depth_min * depth_scale if valid else 0.0,
+            depth_max=self.depth_max * depth_scale,
+        )
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """A finished shard."""
+
+    shard: ShardInfo
+    index: Index
+    statistics: Statistics
+
+
+def make_shard(task: ShardTask) -> ShardResult | list[str]:
+    """Make the shard and its sidecar; or, when any sample is bad, write nothing and return what is wrong with each."""
+    statistics = Statistics([0] * len(task.source.classes))
+    encoded, errors = [], []
+    for files in task.samples:
+        try:
+            raw = task.source.read(files)
+        except InputError as error:
+            errors.append(str(error))
+            continue
+        size = task.settings.height, task.settings.width
+        sample = RawSample(*(resize(getattr(raw, part), part, *size) for part in PARTS))
+        statistics.add_sample(sample)
+        encoded.append(encode(files.key, sample, task.settings.rgb_format))
+    if errors:
+        return errors
+    index = write_shard(task.path, task.number, encoded)
+    shard = ShardInfo(task.path.name, len(encoded), task.path.stat().st_size, sha256(task.path))
+    result = ShardResult(shard, index, statistics)
+    write_json(task.sidecar, {"fingerprint": task.fingerprint, **dataclasses.asdict(result)})
+    return result
+
+
+def finished(task: ShardTask) -> ShardResult | None:
+    """The result of an earlier run with the same settings, if the shard is there in full."""
+    if not (task.sidecar.is_file() and task.path.is_file()):
+        return None
+    value = read_json(task.sidecar)
+    if value["fingerprint"] != task.fingerprint or value["shard"]["bytes"] != task.path.stat().st_size:
+        return None
+    return ShardResult(ShardInfo(**value["shard"]), Index(**value["index"]), Statistics(**value["statistics"]))
+
+
+def encode(key: str, sample: RawSample, rgb_format: RgbFormat) -> EncodedSample:
+    """Label and depth losslessly; RGB as JPEG of quality 95 without chroma subsampling, or as PNG."""
+    if rgb_format == "jpeg":
+        rgb = _encoded(sample.rgb, "JPEG", quality=95, subsampling="4:4:4")
+    else:
+        rgb = _encoded(sample.rgb, "PNG")
+    label, depth = _encoded(sample.label, "PNG"), _encoded(sample.depth, "PNG")
+    assert np.array_equal(decode(label, "label", key), sample.label), key
+    assert np.array_equal(decode(depth, "depth", key), sample.depth), key
+    return EncodedSample(key, rgb_format, rgb, label, depth)
+
+
+def _encoded(pixels: np.ndarray, file_format: str, **options: int | str) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, file_format, **options)
+    return file.getvalue()

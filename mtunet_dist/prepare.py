@@ -1,0 +1,244 @@
+"""``python -m mtunet_dist.prepare``: a source dataset becomes a prepared one, at training resolution, checked.
+
+Resizing full-size PNGs in every epoch costs 20 to 30 times the CPU of reading them prepared. The same command again
+goes on where a killed one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mtunet_dist import __version__, plugins
+from mtunet_dist.config import plugin_options
+from mtunet_dist.data.prepared import (
+    FORMAT,
+    INFO_FILE,
+    DatasetInfo,
+    PreparedDataset,
+    Settings,
+    index_name,
+    verify,
+)
+from mtunet_dist.data.report import progress, table
+from mtunet_dist.data.shard_builder import ShardResult, ShardTask, Statistics, finished
+from mtunet_dist.data.shard_workers import run
+from mtunet_dist.data.shards import Index, RgbFormat, write_json
+from mtunet_dist.errors import InputError, MTUNetError, command
+from mtunet_dist.sources._images import check_headers
+from mtunet_dist.sources._source import SampleFiles, Source
+
+MAX_BAD = 10  # bad samples that end the work, and that are listed
+
+
+def prepare(
+    source: str,
+    root: str | Path,
+    out: str | Path,
+    *,
+    height: int = 128,
+    width: int = 256,
+    rgb_format: RgbFormat = "jpeg",
+    shard_size: int = 128,
+    workers: int = 0,
+    options: Mapping[str, Any] | Sequence[str] = (),
+) -> PreparedDataset:
+    """Write the samples of ``source`` (a plugin name with its ``options``) at ``root`` to the folder ``out``.
+
+    ``workers`` processes make a shard each at a time; 0 works in this process. The bytes do not depend on it. Where
+    ``out`` already holds the dataset nothing is done.
+
+    Raises InputError that names each bad file (the first ten), or what differs when ``out`` holds another dataset.
+    """
+    console, out = Console(highlight=False), Path(out)
+    given = dict(options) if isinstance(options, Mapping) else options
+    typed = plugin_options("source", source, given)
+    settings = Settings(source, str(root), typed, height, width, rgb_format, shard_size)
+    if (out / INFO_FILE).is_file():
+        _check_same(out, settings)
+        console.print(f"{out} is complete")
+    else:
+        reader: Source = plugins.build("source", {"name": source, **typed}, Path(root))
+        splits = reader.splits()
+        _check_headers([sample for samples in splits.values() for sample in samples])
+        tasks = [
+            ShardTask(reader, settings, out, split, number, samples[start : start + shard_size])
+            for split, samples in splits.items()
+            for number, start in enumerate(range(0, len(samples), shard_size))
+        ]
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            _complete(tasks, _make_shards(tasks, workers, console))
+        except OSError as error:
+            raise MTUNetError(f"cannot write {error.filename or out}: {error.strerror}") from error
+    _remove_leftovers(out)
+    return PreparedDataset(out)
+
+
+def _check_same(out: Path, settings: Settings) -> None:
+    """InputError unless the dataset in ``out`` was prepared with ``settings``."""
+    there, wanted = PreparedDataset(out).info.settings.flat(), settings.flat()
+    keys = [key for key in {**wanted, **there} if there.get(key) != wanted.get(key)]
+    different = [f"{key}={there.get(key)} instead of {wanted.get(key)}" for key in keys]
+    if different:
+        raise InputError(f"{out} already holds a dataset with {', '.join(different)}: choose another folder")
+
+
+def _check_headers(samples: list[SampleFiles]) -> None:
+    """Fail on wrong formats and sizes before the long work starts. Threads hide the latency of network disks."""
+
+    def problem(sample: SampleFiles) -> str | None:
+        try:
+            check_headers(sample)
+        except InputError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(16) as pool:
+        _raise_bad([message for message in pool.map(problem, samples) if message])
+
+
+def _raise_bad(messages: list[str]) -> None:
+    """InputError with a line for each of the first bad samples, if there is any."""
+    if len(messages) == 1:
+        raise InputError(messages[0])
+    if messages:
+        more = [f"and {len(messages) - MAX_BAD} more"] if len(messages) > MAX_BAD else []
+        raise InputError("\n  ".join([f"{len(messages)} bad samples:", *messages[:MAX_BAD], *more]))
+
+
+def _make_shards(tasks: list[ShardTask], workers: int, console: Console) -> dict[Path, ShardResult]:
+    """Make the shards that an earlier run has not finished; all results by shard path.
+
+    Goes on after a bad sample to find others, until ``MAX_BAD`` are known; good shards are kept for the next run.
+    """
+    results = {task.path: result for task in tasks if (result := finished(task))}
+    if results:
+        console.print(f"{len(results)} of {len(tasks)} shards are there from an earlier run")
+    kept = {task.sidecar for task in tasks if task.path in results}
+    for sidecar in set(tasks[0].out.glob("*.tar.json")) - kept:  # of other settings, or of a shard since damaged
+        sidecar.with_suffix("").unlink(missing_ok=True)
+        sidecar.unlink()
+    todo = [task for task in tasks if task.path not in results]
+    bad: list[str] = []
+    total = sum(len(task.samples) for task in todo)
+    with progress(total, console) as advance, contextlib.closing(run(todo, workers)) as outcomes:
+        for task, outcome in outcomes:
+            if isinstance(outcome, ShardResult):
+                results[task.path] = outcome
+            else:
+                bad += outcome
+            if len(bad) >= MAX_BAD:
+                break
+            advance(len(task.samples))
+    _raise_bad(bad)
+    return results
+
+
+def _complete(tasks: list[ShardTask], results: Mapping[Path, ShardResult]) -> None:
+    """Write the index of each split, then ``dataset.json``, which makes the dataset complete."""
+    source, settings, out = tasks[0].source, tasks[0].settings, tasks[0].out
+    splits = {}
+    for name in dict.fromkeys(task.split for task in tasks):
+        index, total, shards = Index(), Statistics([0] * len(source.classes)), []
+        for task in tasks:
+            if task.split == name:
+                result = results[task.path]
+                shards.append(result.shard)
+                index.extend(result.index)
+                total.add(result.statistics)
+        splits[name] = total.of_split(shards, source.depth.scale)
+        write_json(out / index_name(name), dataclasses.asdict(index))
+    info = DatasetInfo(
+        format=FORMAT,
+        name=out.resolve().name,
+        created_by=f"mtunet_dist {__version__}",
+        height=settings.height,
+        width=settings.width,
+        classes=source.classes,
+        depth=source.depth,
+        splits=splits,
+        settings=settings,
+    )
+    write_json(out / INFO_FILE, dataclasses.asdict(info), indent=1)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove the sidecars of a complete dataset, and what killed runs left half-written."""
+    for pattern in ("*.tar.tmp", "*.json.tmp", "*.tar.json"):
+        for path in out.glob(pattern):
+            path.unlink()
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"'{text}' is not HEIGHTxWIDTH, such as 128x256")
+    return int(match[1]), int(match[2])
+
+
+def _integer(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of {least} or more")
+        return int(text)
+
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    cpus = len(os.sched_getaffinity(0))
+    parser = argparse.ArgumentParser(prog="python -m mtunet_dist.prepare", description=__doc__)
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help=", ".join(plugins.available("source")))
+    parser.add_argument("root", nargs="?", metavar="ROOT", help="folder of the source dataset")
+    parser.add_argument("out", nargs="?", metavar="OUT", help="folder to write")
+    parser.add_argument("options", nargs="*", metavar="KEY=VALUE", help="options of the source, see its class")
+    parser.add_argument("--size", type=_size, default=(128, 256), metavar="HEIGHTxWIDTH", help="default 128x256")
+    parser.add_argument("--rgb", choices=["jpeg", "png"], default="jpeg", help="jpeg: quality 95, 4:4:4; png: lossless")
+    parser.add_argument(
+        "--shard-size", type=_integer(1), default=128, metavar="N", help="samples per shard, default 128"
+    )
+    parser.add_argument(
+        "--workers", type=_integer(0), default=cpus, metavar="N", help=f"processes, default {cpus}; 0: none"
+    )
+    parser.add_argument("--verify", type=Path, metavar="OUT", help="only check the checksums of the dataset in OUT")
+    return parser
+
+
+@command
+def main() -> None:
+    """Command line of ``prepare`` and ``verify``."""
+    parser = _parser()
+    args = parser.parse_intermixed_args()
+    if args.verify is not None:
+        dataset = verify(args.verify)
+        print(f"{args.verify}: all checksums match")
+    elif args.out is None:
+        parser.error("SOURCE, ROOT and OUT are needed")
+    else:
+        height, width = args.size
+        dataset = prepare(
+            args.source,
+            args.root,
+            args.out,
+            height=height,
+            width=width,
+            rgb_format=args.rgb,
+            shard_size=args.shard_size,
+            workers=args.workers,
+            options=args.options,
+        )
+    Console().print(table(dataset))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Strict image reading: what would decode to silently wrong values (RGB labels, 8-bit depth, ...) is an error."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+from PIL import Image
+
+from mtunet_dist.errors import InputError
+from mtunet_dist.schema import VOID
+from mtunet_dist.sources._source import SampleFiles
+
+Part = Literal["rgb", "label", "depth"]
+PARTS: tuple[Part, ...] = ("rgb", "label", "depth")
+FORMATS: dict[Part, tuple[str, ...]] = {
+    "rgb": ("8-bit RGB PNG", "RGB JPEG"),
+    "label": ("8-bit gray PNG",),
+    "depth": ("16-bit gray PNG",),
+}
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_COLORS = {0: "gray", 2: "RGB", 3: "palette", 4: "gray+alpha", 6: "RGBA"}
+_PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+def decode(data: bytes, part: Part, name: str) -> np.ndarray:
+    """The pixels of an encoded image: uint8 (H, W, 3), uint8 (H, W) or uint16 (H, W), EXIF orientation ignored.
+
+    Raises InputError that starts with ``name`` for another format than ``FORMATS[part]`` and for corrupt data.
+    """
+    _header(io.BytesIO(data), part, name)
+    try:
+        # verify() checks the checksums that decoding skips, and spends the image object.
+        Image.open(io.BytesIO(data)).verify()
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except _PIL_ERRORS as error:
+        raise InputError(f"{name}: corrupt image: {error}") from None
+    return np.asarray(image).astype(np.uint16 if part == "depth" else np.uint8, copy=False)
+
+
+def read_parts(sample: SampleFiles) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """RGB uint8 (H, W, 3), label ids uint8 (H, W) and depth uint16 (H, W) of ``sample``, as the files have them."""
+    paths: dict[Part, Path] = {part: getattr(sample, part) for part in PARTS}
+    rgb, ids, depth = (decode(_bytes(path), part, str(path)) for part, path in paths.items())
+    _check_sizes(sample.key, {"rgb": rgb.shape[:2], "label": ids.shape, "depth": depth.shape})
+    return rgb, ids, depth
+
+
+def check_headers(sample: SampleFiles) -> None:
+    """Check format and size of a sample's files without decoding them. Raises InputError as ``read_parts``."""
+    sizes: dict[str, tuple[int, ...]] = {}
+    for part in PARTS:
+        path: Path = getattr(sample, part)
+        try:
+            with path.open("rb") as file:
+                sizes[part] = _header(file, part, str(path))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    _check_sizes(sample.key, sizes)
+
+
+def resize(pixels: np.ndarray, part: Part, height: int, width: int) -> np.ndarray:
+    """Stretch to (height, width): RGB with Lanczos over the source pixels it covers (antialiased), the rest nearest."""
+    if part == "rgb":
+        return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
+    rows, columns = _nearest(pixels.shape[0], height), _nearest(pixels.shape[1], width)
+    return pixels.take(rows, axis=0).take(columns, axis=1)
+
+
+def id_table(classes: Mapping[int, int], void: Iterable[int] = ()) -> np.ndarray:
+    """int16 (256,): label id -> class index or VOID; -1 for an id that no file may hold."""
+    table = np.full(256, -1, dtype=np.int16)
+    table[list(classes)] = list(classes.values())
+    table[list(void)] = VOID
+    return table
+
+
+def to_classes(ids: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
+    """Label ids of the file ``path`` -> class indices, uint8. InputError names an id the table does not have."""
+    classes: np.ndarray = table[ids]
+    if classes.min() < 0:
+        value = int(ids[classes < 0][0])
+        raise InputError(f"{path}: label value {value} is not one of {_ranges(np.flatnonzero(table >= 0))}")
+    return classes.astype(np.uint8)
+
+
+def _nearest(size: int, new_size: int) -> np.ndarray:
+    """For each of ``new_size`` pixels the source pixel under its centre."""
+    return (2 * np.arange(new_size) + 1) * size // (2 * new_size)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _header(file: BinaryIO, part: Part, name: str) -> tuple[int, int]:
+    """(H, W) by the file's header, once it says that the format is right for ``part``."""
+    start = file.read(26)
+    if start.startswith(_PNG) and len(start) == 26:
+        # PIL reads 16-bit RGB as 8-bit and cannot tell the two apart, so the header is read here.
+        width, height, bits, color = struct.unpack(">IIBB", start[16:])
+        found = f"{bits}-bit {_PNG_COLORS.get(color, 'unknown')} PNG"
+    else:
+        file.seek(0)
+        try:
+            image = Image.open(file)
+        except _PIL_ERRORS:
+            raise InputError(f"{name}: not an image; expected {_expected(part)}") from None
+        width, height = image.size
+        found = f"{'gray' if image.mode == 'L' else image.mode} {image.format}"
+    if found not in FORMATS[part]:
+        raise InputError(f"{name}: {found}; expected {_expected(part)}")
+    return height, width
+
+
+def _expected(part: Part) -> str:
+    return f"{' or '.join(FORMATS[part])} for {part}"
+
+
+def _check_sizes(key: str, sizes: Mapping[str, tuple[int, ...]]) -> None:
+    if len(set(sizes.values())) > 1:
+        text = ", ".join(f"{part} {width}x{height}" for part, (height, width) in sizes.items())
+        raise InputError(f"sample {key}: images differ in size (width x height): {text}")
+
+
+def _ranges(values: np.ndarray) -> str:
+    """``0..13, 255`` for sorted integers."""
+    runs = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
+    return ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

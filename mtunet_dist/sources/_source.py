@@ -1,0 +1,87 @@
+"""What a source is: a read-only view of a published dataset in the layout its authors chose."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from mtunet_dist.errors import InputError
+from mtunet_dist.schema import ClassInfo, DepthInfo
+
+KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # what tar headers and WebDataset's "key.part.ext" names can hold
+
+
+@dataclass(frozen=True)
+class SampleFiles:
+    """The files of one sample; ``key`` is unique in its split."""
+
+    key: str
+    rgb: Path
+    label: Path
+    depth: Path
+    camera: Path | None = None
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """Decoded: ``rgb`` uint8 (H, W, 3), ``label`` uint8 (H, W) with VOID, ``depth`` uint16 (H, W) with 0 invalid."""
+
+    rgb: np.ndarray
+    label: np.ndarray
+    depth: np.ndarray
+
+
+class Source(Protocol):
+    """A published dataset. Must be picklable: samples are read in worker processes."""
+
+    @property
+    def classes(self) -> tuple[ClassInfo, ...]:
+        """The classes, in the order of their indices."""
+
+    @property
+    def depth(self) -> DepthInfo:
+        """What the ``depth`` of a ``RawSample`` means."""
+
+    def splits(self) -> dict[str, list[SampleFiles]]:
+        """The samples of each split, sorted by key. InputError for a missing folder or a file without partners."""
+
+    def read(self, sample: SampleFiles) -> RawSample:
+        """Decode and convert one sample. InputError names the file that is not as it should be."""
+
+
+def list_images(folder: Path, suffixes: Sequence[str] = (".png", ".jpg", ".jpeg")) -> dict[str, Path]:
+    """The images directly in ``folder`` by stem. InputError if it is missing, empty, or a stem comes twice."""
+    if not folder.is_dir():
+        raise InputError(f"folder {folder} does not exist")
+    images: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in suffixes:
+            if path.stem in images:
+                raise InputError(f"{path} and {images[path.stem].name} have the same name: keep one")
+            images[path.stem] = path
+    if not images:
+        raise InputError(f"folder {folder} holds no {' or '.join(suffixes)} file")
+    return images
+
+
+def match(parts: Mapping[str, Mapping[str, Path]]) -> list[SampleFiles]:
+    """Join the files of each part (a field of ``SampleFiles`` -> key -> path) into samples sorted by key.
+
+    Raises InputError that names a file whose partner is missing, or one whose name cannot be a key.
+    """
+    samples = []
+    for key in sorted(set().union(*parts.values())):
+        found = {part: files[key] for part, files in parts.items() if key in files}
+        path = next(iter(found.values()))
+        missing = [part for part in parts if part not in found]
+        if missing:
+            raise InputError(f"{path} has no {' and no '.join(missing)} file beside it")
+        if not KEY.fullmatch(key):
+            raise InputError(f"{path}: the name may have at most 80 letters, digits, '_' and '-' before the suffix")
+        samples.append(SampleFiles(key, **found))
+    return samples

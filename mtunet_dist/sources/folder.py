@@ -1,0 +1,133 @@
+"""Your own data: folders of images and a small ``dataset.yaml``."""
+
+from __future__ import annotations
+
+import colorsys
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mtunet_dist.errors import InputError
+from mtunet_dist.schema import ClassInfo, DepthInfo
+from mtunet_dist.sources._images import id_table, read_parts, to_classes
+from mtunet_dist.sources._source import KEY, RawSample, SampleFiles, list_images, match
+
+PARTS = ("rgb", "label", "depth")
+DESCRIPTION = "dataset.yaml"
+
+
+class Folder:
+    """``ROOT/SPLIT/{rgb,label,depth}/STEM.{png,jpg,jpeg}``, any number of splits, and ``ROOT/dataset.yaml``::
+
+        classes: [road, car]        # or [{name: road, color: [128, 64, 128]}, ...]
+        label_offset: 0             # label value of the first class
+        void_ids: [255]             # label values without a class; they win over classes
+        depth_kind: metric          # stored * depth_scale is metres; or inverse: a disparity without unit
+        depth_scale: 0.001          # stored 0 is invalid
+
+    Only ``classes`` is required. Labels are 8-bit gray PNGs, depth 16-bit gray PNGs, RGB is JPEG or 8-bit PNG.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        path = root / DESCRIPTION
+        description = _read_description(path)
+        self.classes = _classes(description.classes, path)
+        first = description.label_offset
+        if first < 0 or first + len(self.classes) > 256:
+            raise InputError(f"{path}: label_offset {first} puts {len(self.classes)} classes outside 0..255")
+        self._table = id_table({first + i: i for i in range(len(self.classes))}, description.void_ids)
+        if description.depth_kind == "metric":
+            self.depth = DepthInfo("metric", "metre", description.depth_scale)
+        else:
+            self.depth = DepthInfo("inverse", "1", description.depth_scale)
+
+    def splits(self) -> dict[str, list[SampleFiles]]:
+        """See ``Source.splits``."""
+        folders = sorted(path for path in self.root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        if not folders:
+            raise InputError(f"{self.root} has no split folder, such as train with {', '.join(PARTS)} in it")
+        for folder in folders:
+            if not KEY.fullmatch(folder.name):
+                raise InputError(f"{folder}: the name of a split may have letters, digits, '_' and '-' only")
+        return {folder.name: match({part: list_images(folder / part) for part in PARTS}) for folder in folders}
+
+    def read(self, sample: SampleFiles) -> RawSample:
+        """See ``Source.read``."""
+        rgb, ids, depth = read_parts(sample)
+        return RawSample(rgb, to_classes(ids, self._table, sample.label), depth)
+
+
+@dataclass(frozen=True)
+class _Description:
+    """The keys of ``dataset.yaml`` with their defaults."""
+
+    classes: list[Any]
+    label_offset: int = 0
+    void_ids: list[int] = field(default_factory=lambda: [255])
+    depth_kind: str = "metric"
+    depth_scale: float = 0.001
+
+
+def _read_description(path: Path) -> _Description:
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    known = [f.name for f in dataclasses.fields(_Description)]
+    if not isinstance(value, dict) or "classes" not in value:
+        raise InputError(f"{path}: the key 'classes' is missing. Keys: {', '.join(known)}")
+    unknown = [key for key in value if key not in known]
+    if unknown:
+        raise InputError(f"{path}: unknown key '{unknown[0]}'. Keys: {', '.join(known)}")
+    description = _Description(**value)
+    _check(description, path)
+    return description
+
+
+def _check(description: _Description, path: Path) -> None:
+    """What YAML leaves open: types and ranges."""
+
+    def is_id(value: object) -> bool:
+        return type(value) is int and 0 <= value <= 255
+
+    rules = {
+        "classes": (isinstance(description.classes, list) and bool(description.classes), "a list of classes"),
+        "label_offset": (is_id(description.label_offset), "0..255"),
+        "void_ids": (
+            isinstance(description.void_ids, list) and all(is_id(v) for v in description.void_ids),
+            "a list of 0..255",
+        ),
+        "depth_kind": (description.depth_kind in ("metric", "inverse"), "metric or inverse"),
+        "depth_scale": (
+            type(description.depth_scale) in (int, float) and description.depth_scale > 0,
+            "a number above 0",
+        ),
+    }
+    for key, (valid, expected) in rules.items():
+        if not valid:
+            raise InputError(f"{path}: {key} is {getattr(description, key)!r}; expected {expected}")
+
+
+def _classes(entries: list[Any], path: Path) -> tuple[ClassInfo, ...]:
+    """The classes of the list, hues spread evenly over those without a colour of their own."""
+    classes = []
+    for i, entry in enumerate(entries):
+        hue = colorsys.hsv_to_rgb(i / len(entries), 0.75, 0.9)
+        given = entry if isinstance(entry, dict) else {"name": entry}
+        color = given.get("color", [round(255 * x) for x in hue])
+        valid_color = (
+            isinstance(color, list) and len(color) == 3 and all(type(c) is int and 0 <= c <= 255 for c in color)
+        )
+        if not isinstance(given.get("name"), str) or set(given) - {"name", "color"} or not valid_color:
+            raise InputError(f"{path}: class {i} is {entry!r}; expected a name or {{name: ..., color: [r, g, b]}}")
+        classes.append(ClassInfo(given["name"], (color[0], color[1], color[2])))
+    return tuple(classes)
+
+
+PLUGIN = Folder

@@ -1,0 +1,78 @@
+"""NYU Depth v2, the 1449 labelled images, as one file per image and part.
+
+Silberman, Hoiem, Kohli, Fergus: "Indoor segmentation and support inference from RGBD images", ECCV 2012.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mtunet_dist.schema import ClassInfo, DepthInfo
+from mtunet_dist.sources._images import id_table, read_parts, to_classes
+from mtunet_dist.sources._source import RawSample, SampleFiles, list_images, match
+
+# A validation part carved out of train, 100 images drawn once: the official split has none, and choosing settings on
+# test would spoil its figures. 1-based indices of the labelled set, as in the file names.
+# fmt: off
+VALIDATION = frozenset(f"{index:04d}" for index in (
+    6, 48, 53, 54, 98, 107, 110, 135, 159, 215, 224, 233, 235, 238, 245, 248, 255, 262, 307, 337, 338, 345, 393,
+    404, 424, 440, 456, 459, 460, 484, 493, 494, 504, 595, 596, 616, 623, 654, 660, 685, 703, 705, 714, 719,
+    730, 737, 740, 752, 753, 756, 758, 788, 798, 808, 820, 881, 883, 888, 896, 909, 912, 913, 929, 937, 939,
+    940, 948, 950, 955, 958, 963, 968, 987, 988, 990, 1018, 1055, 1063, 1112, 1121, 1185, 1197, 1214, 1231,
+    1246, 1251, 1267, 1269, 1270, 1272, 1274, 1283, 1284, 1312, 1343, 1359, 1361, 1405, 1427, 1428,
+))
+# fmt: on
+
+CLASSES = (  # the 13 classes of A. Handa's 40 -> 13 mapping, in the colours of SceneNet RGB-D
+    ClassInfo("bed", (0, 0, 255)),
+    ClassInfo("books", (233, 89, 48)),
+    ClassInfo("ceiling", (0, 218, 0)),
+    ClassInfo("chair", (149, 0, 240)),
+    ClassInfo("floor", (222, 241, 24)),
+    ClassInfo("furniture", (255, 206, 206)),
+    ClassInfo("objects", (0, 224, 229)),
+    ClassInfo("picture", (106, 136, 204)),
+    ClassInfo("sofa", (117, 29, 41)),
+    ClassInfo("table", (240, 35, 235)),
+    ClassInfo("tv", (0, 167, 156)),
+    ClassInfo("wall", (249, 139, 0)),
+    ClassInfo("window", (225, 229, 194)),
+)
+
+
+class NYUv2:
+    """``ROOT/{train,test}/{rgb/NNNN.jpg,depth/NNNN.png,label13/NNNN.png}``, NNNN the official 1-based index.
+
+    Depth PNGs are 16-bit millimetres; label PNGs are 8-bit, 0 void, 1..13 the classes.
+
+    Options:
+        val: hold the images of ``VALIDATION`` out of train as the split val; without it, the official two splits.
+            Train on ``train`` while choosing settings and on ``train+val`` for a final run.
+    """
+
+    classes = CLASSES
+    depth = DepthInfo("metric", "metre", 0.001)
+
+    def __init__(self, root: Path, *, val: bool = True) -> None:
+        self.root, self.val = root, val
+        self._table = id_table({i + 1: i for i in range(len(CLASSES))}, void=[0])
+
+    def splits(self) -> dict[str, list[SampleFiles]]:
+        """See ``Source.splits``."""
+        train, test = self._samples("train"), self._samples("test")
+        if not self.val:
+            return {"train": train, "test": test}
+        val = [s for s in train if s.key in VALIDATION]
+        return {"train": [s for s in train if s.key not in VALIDATION], "val": val, "test": test}
+
+    def read(self, sample: SampleFiles) -> RawSample:
+        """See ``Source.read``."""
+        rgb, ids, depth = read_parts(sample)
+        return RawSample(rgb, to_classes(ids, self._table, sample.label), depth)
+
+    def _samples(self, split: str) -> list[SampleFiles]:
+        folders = {"rgb": "rgb", "label": "label13", "depth": "depth"}
+        return match({part: list_images(self.root / split / folder) for part, folder in folders.items()})
+
+
+PLUGIN = NYUv2

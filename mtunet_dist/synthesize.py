@@ -1,0 +1,110 @@
+"""``python -m mtunet_dist.synthesize OUT``: write a synthetic street dataset in the tree layout of Cityscapes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from mtunet_dist.errors import InputError, command
+from mtunet_dist.synthetic.tree import CITIES, GENERATOR, Settings, scene_files, write_scene
+
+RECORD = "synthetic.json"
+_LEAST = {"train": 0, "val": 0, "test": 0, "height": 32, "width": 32, "seed": 0}
+
+
+def synthesize(out: Path, settings: Settings, workers: int = 1) -> None:
+    """Write the scenes of a tree that are not there yet, with this many processes; the files do not depend on it.
+
+    A scene is a pure function of (seed, split, index). Raises InputError for settings out of range and for a folder
+    that holds anything but a tree of the same settings.
+    """
+    _check(settings, workers)
+    _claim(out, settings)
+    jobs = [(split, index) for split in CITIES for index in range(getattr(settings, split))]
+    jobs = [job for job in jobs if not all(path.is_file() for path in scene_files(out, *job).values())]
+    console, start = Console(), time.perf_counter()
+    with _pool(min(workers, len(jobs))) as run:
+        done = run(partial(write_scene, out, settings), jobs)
+        for _ in track(done, "scenes", total=len(jobs), console=console, disable=not console.is_terminal):
+            pass
+    total = settings.train + settings.val + settings.test
+    seconds = time.perf_counter() - start
+    print(f"{len(jobs)} scenes written in {seconds:.1f} s, {total - len(jobs)} were there already: {out}", flush=True)
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[partial[Iterator[None]] | type[map[None]]]:
+    """A ``map`` over processes, or the plain one; processes are spawned, since a caller may hold threads."""
+    if workers <= 1:
+        yield map
+        return
+    executor = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        yield partial(executor.map, chunksize=2)
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _check(settings: Settings, workers: int) -> None:
+    for name, value in {**asdict(settings), "workers": workers}.items():
+        least = _LEAST.get(name, 1)
+        if value < least:
+            raise InputError(f"{name} must be at least {least}, got {value}")
+
+
+def _claim(out: Path, settings: Settings) -> None:
+    """Record the settings in a new or empty folder; accept a folder that records the same ones."""
+    wanted, record = {"generator": GENERATOR, **asdict(settings)}, out / RECORD
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is not a folder")
+    if record.is_file():
+        try:
+            found = json.loads(record.read_text())
+        except json.JSONDecodeError as error:
+            raise InputError(f"{record} is not JSON: {error}; choose another folder") from error
+        differing = [key for key, value in wanted.items() if not isinstance(found, dict) or found.get(key) != value]
+        if differing:
+            wishes = ", ".join(f"{key}={wanted[key]}" for key in differing)
+            made = found if not isinstance(found, dict) else ", ".join(f"{key}={found.get(key)}" for key in differing)
+            raise InputError(f"{out} was made with {made}, not {wishes}; choose another folder")
+        return
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty and has no {RECORD}; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    scratch = out / f".{RECORD}.{os.getpid()}"
+    scratch.write_text(json.dumps(wanted, indent=2) + "\n")
+    scratch.replace(record)
+
+
+@command
+def main() -> None:
+    """Parse the command line and synthesize."""
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m mtunet_dist.synthesize", description=__doc__, formatter_class=defaults
+    )
+    parser.add_argument("out", type=Path, help="folder to write; a run that was cut off goes on there")
+    meaning = {"train": "scenes", "val": "scenes", "test": "scenes", "height": "pixels", "width": "pixels"}
+    for setting in fields(Settings):
+        text = meaning.get(setting.name, "number that all scenes derive from")
+        parser.add_argument(f"--{setting.name}", type=int, default=setting.default, metavar="N", help=text)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes")
+    given = vars(parser.parse_args())
+    out, workers = given.pop("out"), given.pop("workers")
+    synthesize(out, Settings(**given), workers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Where the files of a synthetic scene lie, and how one scene is written: the tree layout of Cityscapes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from mtunet_dist.synthetic.geometry import Camera
+from mtunet_dist.synthetic.render import render
+from mtunet_dist.synthetic.scene import random_scene
+from mtunet_dist.synthetic.stereo import stored_disparity
+
+GENERATOR = 1  # raised whenever the same settings would give other files
+CITIES = {"train": ("synth0", "synth1", "synth2"), "val": ("synth3",), "test": ("synth4",)}
+FILES = {
+    "leftImg8bit": "leftImg8bit.png",
+    "gtFine": "gtFine_labelIds.png",
+    "disparity": "disparity.png",
+    "camera": "camera.json",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the contents of a tree: scenes for each split, their size in pixels, the seed."""
+
+    train: int = 256
+    val: int = 64
+    test: int = 64
+    height: int = 256
+    width: int = 512
+    seed: int = 0
+
+
+def scene_files(out: Path, split: str, index: int) -> dict[str, Path]:
+    """The path of each kind of file of a scene, by the name of its top folder."""
+    city = CITIES[split][index % len(CITIES[split])]
+    return {kind: out / kind / split / city / f"{city}_{index:06d}_000019_{end}" for kind, end in FILES.items()}
+
+
+def write_scene(out: Path, settings: Settings, job: tuple[str, int]) -> None:
+    """Make scene (split, index) and write its four files, each under its name only once complete."""
+    split, index = job
+    scene = random_scene(settings.seed, list(CITIES).index(split), index, settings.height, settings.width)
+    rendering = render(scene)
+    disparity = stored_disparity(rendering, scene.camera, scene.rng)
+    files = scene_files(out, split, index)
+    _write(files["leftImg8bit"], _png(rendering.image))
+    _write(files["gtFine"], _png(rendering.labels))
+    _write(files["disparity"], _png(disparity))
+    calibration = json.dumps(calibrate(scene.camera), indent=2) + "\n"
+    _write(files["camera"], lambda file: file.write(calibration.encode()))
+
+
+def calibrate(camera: Camera) -> dict[str, dict[str, float]]:
+    """The camera file of Cityscapes: metres, radians, and pixels of the written picture."""
+    extrinsic = {"baseline": camera.baseline, "pitch": camera.pitch, "roll": camera.roll, "x": 0.0, "y": 0.0}
+    extrinsic |= {"yaw": camera.yaw, "z": camera.mount}
+    intrinsic = {"fx": camera.focal, "fy": camera.focal, "u0": camera.u0, "v0": camera.v0}
+    assert all(math.isfinite(value) for value in (*extrinsic.values(), *intrinsic.values()))
+    return {"extrinsic": extrinsic, "intrinsic": intrinsic}
+
+
+def _png(pixels: np.ndarray) -> Callable[[BinaryIO], object]:
+    """Run lengths only: on pictures with sensor noise twice as fast as matching strings, and no larger."""
+    return lambda file: Image.fromarray(pixels).save(file, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)
+
+
+def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write to a neighbour and rename, so that a file that exists is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("wb") as file:
+        write(file)
+    partial.replace(path)

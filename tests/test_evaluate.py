@@ -1,0 +1,119 @@
+"""Evaluation: the same figures for any number of ranks, the table, the constant predictor; and prediction."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from PIL import Image
+
+from mtunet_dist import evaluate as evaluation
+from mtunet_dist import predict as prediction
+from mtunet_dist.baselines import ConstantPredictor
+from mtunet_dist.config import Config
+from mtunet_dist.data.prepared import PreparedDataset
+from mtunet_dist.evaluate import Evaluation, eval_loader, evaluate
+from mtunet_dist.multitask import build_step, make_tasks
+from mtunet_dist.train import train
+
+MakeConfig = Callable[..., Config]
+CPU = torch.device("cpu")
+
+
+def evaluated(config: Config) -> Evaluation:
+    """Metrics of an untrained network, the same in every process."""
+    dataset = PreparedDataset(Path(config.data.root))
+    torch.manual_seed(0)
+    step = build_step(config, dataset.info.classes, dataset.info.depth).eval()
+    return evaluate(step, eval_loader(config, dataset.split("train+val"), CPU), CPU)
+
+
+def test_three_ranks_with_uneven_shards_agree_with_one(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("eval_batch_size=4")  # 17 samples, 5 batches: 2, 2 and 1 for the ranks
+    mp.spawn(_rank, args=(config, tmp_path), nprocs=3)
+    alone = evaluated(config)
+    assert alone.samples == 17
+    for rank in range(3):
+        together = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert together["samples"] == 17
+        assert together["metrics"] == pytest.approx(alone.metrics, rel=1e-12)
+        assert together["class_iou"] == pytest.approx(alone.class_iou, rel=1e-12)
+
+
+def _rank(rank: int, config: Config, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=3)
+    (folder / f"{rank}.json").write_text(json.dumps(evaluated(config).as_dict()))
+    torch.distributed.destroy_process_group()
+
+
+def test_metrics_hold_both_families(make_config: MakeConfig) -> None:
+    metrics = evaluated(make_config()).metrics
+    whole = {"miou", "accuracy", "depth_abs", "depth_rel", "depth_rmse", "depth_delta1"}
+    legacy = {"legacy/miou", "legacy/accuracy", "legacy/depth_abs", "legacy/depth_rel"}
+    assert whole | legacy | {"loss/segmentation", "loss/depth"} == metrics.keys()
+
+
+def test_constant_predictor_has_the_figures_that_counting_gives(
+    dataset: PreparedDataset, make_config: MakeConfig
+) -> None:
+    train_split, val = dataset.split("train"), dataset.split("val")
+    labels = np.concatenate([train_split.decode(i).label.ravel() for i in range(12)])
+    depths = np.concatenate([train_split.decode(i).depth.ravel() for i in range(12)])
+    most_frequent = np.bincount(labels[labels != 255]).argmax()
+    median = np.median(depths[depths > 0]) * 0.001
+    tasks = make_tasks(("segmentation", "depth"), dataset.info.classes, dataset.info.depth)
+    result = evaluate(ConstantPredictor(tasks, train_split), eval_loader(make_config(), val, CPU), CPU)
+
+    label = np.concatenate([val.decode(i).label.ravel() for i in range(5)])
+    depth = np.concatenate([val.decode(i).depth.ravel() for i in range(5)]) * 0.001
+    share = (label[label != 255] == most_frequent).mean()
+    assert result.metrics["accuracy"] == pytest.approx(share)
+    assert result.metrics["miou"] == pytest.approx(share / 3)
+    assert result.metrics["depth_abs"] == pytest.approx(np.abs(depth[depth > 0] - median).mean(), rel=1e-3)
+
+
+def test_a_class_that_never_occurs_is_null_in_json() -> None:
+    text = json.dumps(Evaluation(1, {"miou": 0.5}, {"box": math.nan}).as_dict(), allow_nan=False)
+    assert json.loads(text)["class_iou"] == {"box": None}
+
+
+def test_evaluate_command_on_a_run_and_on_a_file(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config("epochs=1")
+    metrics = train(config)
+    run_dir = Path(config.run_dir)
+    for path in (run_dir, run_dir / "checkpoints" / "best.pt"):
+        (run_dir / "evaluation-val.json").unlink(missing_ok=True)
+        monkeypatch.setattr(sys, "argv", ["evaluate", str(path), "--split", "val"])
+        evaluation.main()
+        assert "IoU box" in capsys.readouterr().out
+        written = json.loads((run_dir / "evaluation-val.json").read_text())
+        assert written["trained"]["metrics"] == pytest.approx(metrics)
+
+
+def test_predict_writes_label_depth_and_preview_at_the_images_own_size(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = make_config("epochs=1")
+    train(config)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.fromarray(np.full((70, 90, 3), 127, dtype=np.uint8)).save(photos / "a.png")
+    Image.fromarray(np.full((40, 60, 3), 40, dtype=np.uint8)).save(photos / "b.jpg")
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["predict", config.run_dir, str(photos), "--out", str(out)])
+    prediction.main()
+    label, depth = Image.open(out / "a.label.png"), Image.open(out / "a.depth.png")
+    assert label.size == depth.size == (90, 70)
+    assert set(np.unique(np.asarray(label))) <= {0, 1, 2}
+    assert np.asarray(depth).min() >= 1
+    assert {p.name for p in out.iterdir()} == {f"{s}.{k}.png" for s in "ab" for k in ("label", "depth", "preview")}

@@ -1,0 +1,89 @@
+"""The direction of dependencies, read from the imports themselves."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+PACKAGE = REPOSITORY / "mtunet_dist"
+
+# Each layer may import the ones above it and its own. First match wins; a file that matches none fails the test.
+LAYERS = [
+    ["errors", "schema"],
+    ["plugins", "distributed"],
+    ["config"],
+    ["losses", "metrics", "models", "synthetic"],
+    ["weightings", "sources"],
+    ["multitask"],
+    ["data"],
+    ["strategies", "optim", "checkpoint", "tracking", "pictures", "baselines"],
+    ["evaluate"],
+    ["run"],
+    ["train", "predict", "prepare", "synthesize"],
+    ["cli"],
+]
+ONLY_IN = {
+    "nvidia": ["data.dali"],
+    "omegaconf": ["config"],
+    "deepspeed": ["strategies.deepspeed"],
+    "ray": [],
+    "tensorboard": [],
+}
+OUTSIDE = ("launch", "slurm", "tune", "tests", "benchmarks")
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, wherever in the file."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def layer(module: str) -> int:
+    part = module.split(".")[0]
+    for number, members in enumerate(LAYERS):
+        if part in members:
+            return number
+    raise AssertionError(f"{module} belongs to no layer")
+
+
+def files() -> list[Path]:
+    return [p for p in sorted(PACKAGE.rglob("*.py")) if p.name != "__init__.py"]
+
+
+def test_modules_import_only_from_their_own_or_lower_layers() -> None:
+    wrong = []
+    for path in files():
+        module = module_name(path)
+        for name in imports(path):
+            inner = name.removeprefix("mtunet_dist.")
+            known = (PACKAGE / inner.split(".")[0]).is_dir() or (PACKAGE / f"{inner.split('.')[0]}.py").is_file()
+            if inner != name and known and layer(inner) > layer(module):
+                wrong.append(f"{module} imports {inner}")
+    assert not wrong
+
+
+def test_heavy_libraries_stay_in_their_file() -> None:
+    wrong = [
+        f"{module_name(path)} imports {name}"
+        for path in files()
+        for name in imports(path)
+        if name.split(".")[0] in ONLY_IN and module_name(path) not in ONLY_IN[name.split(".")[0]]
+    ]
+    assert not wrong
+
+
+def test_the_package_does_not_import_what_starts_it() -> None:
+    wrong = [f"{module_name(p)} imports {n}" for p in files() for n in imports(p) if n.split(".")[0] in OUTSIDE]
+    assert not wrong

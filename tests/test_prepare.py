@@ -1,0 +1,263 @@
+"""The ``prepare`` verb: exact pixels, the same bytes however it ran, resume, errors that name every bad sample."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mtunet_dist.data.prepared import PreparedDataset
+from mtunet_dist.errors import InputError
+from mtunet_dist.prepare import main, prepare
+from mtunet_dist.schema import VOID
+from mtunet_dist.sources._images import resize
+from mtunet_dist.sources._source import RawSample
+
+HEIGHT, WIDTH = 8, 16
+SAMPLES = {"train": 5, "val": 2}
+
+
+def raw_sample(split: str, i: int) -> RawSample:
+    """Random pixels at twice the prepared size; some void, some depth invalid."""
+    rng = np.random.default_rng([i, len(split)])
+    shape = (2 * HEIGHT, 2 * WIDTH)
+    label = rng.integers(0, 3, shape, dtype=np.uint8)
+    label[:2] = VOID
+    depth = rng.integers(1, 65536, shape).astype(np.uint16)
+    depth[:, :4] = 0
+    return RawSample(rng.integers(0, 256, (*shape, 3), dtype=np.uint8), label, depth)
+
+
+def save(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A dataset for the source ``folder``."""
+    root = tmp_path / "source"
+    for split, count in SAMPLES.items():
+        for i in range(count):
+            sample = raw_sample(split, i)
+            save(root / split / "rgb" / f"{split}{i}.png", sample.rgb)
+            save(root / split / "label" / f"{split}{i}.png", sample.label)
+            save(root / split / "depth" / f"{split}{i}.png", sample.depth)
+    (root / "dataset.yaml").write_text("classes: [a, b, c]\n")
+    return root
+
+
+def run(root: Path, out: Path, **changes: Any) -> PreparedDataset:
+    settings: dict[str, Any] = {"height": HEIGHT, "width": WIDTH, "shard_size": 2}
+    return prepare("folder", root, out, **{**settings, **changes})
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+def test_label_and_depth_are_the_nearest_source_pixels(root: Path, tmp_path: Path) -> None:
+    split = run(root, tmp_path / "out").split("train")
+    for i in range(len(split)):
+        source, stored = raw_sample("train", i), split.decode(i)
+        size = (WIDTH, HEIGHT)
+        nearest = Image.Resampling.NEAREST
+        np.testing.assert_array_equal(stored.label, Image.fromarray(source.label).resize(size, nearest))
+        np.testing.assert_array_equal(stored.depth, Image.fromarray(source.depth).resize(size, nearest))
+        assert stored.label.dtype == np.uint8 and stored.depth.dtype == np.uint16
+
+
+def test_rgb_png_is_lossless_and_jpeg_close(root: Path, tmp_path: Path) -> None:
+    expected = resize(raw_sample("train", 0).rgb, "rgb", HEIGHT, WIDTH)
+    lossless = run(root, tmp_path / "png", rgb_format="png").split("train").decode(0).rgb
+    np.testing.assert_array_equal(lossless, expected)
+    jpeg = run(root, tmp_path / "jpeg").split("train").decode(0).rgb
+    assert jpeg.shape == (HEIGHT, WIDTH, 3)
+    assert np.abs(jpeg.astype(int) - expected).mean() < 4
+
+
+def test_shards_are_tars_that_webdataset_can_group(root: Path, tmp_path: Path) -> None:
+    run(root, tmp_path / "out")
+    with tarfile.open(tmp_path / "out/train-00001.tar") as tar:
+        names = tar.getnames()
+        assert names == [f"train{i}.{part}" for i in (2, 3) for part in ("rgb.jpg", "label.png", "depth.png")]
+        assert {(m.mtime, m.uid, m.gid, m.mode) for m in tar} == {(0, 0, 0, 0o644)}
+    assert (tmp_path / "out/train-00001.tar").read_bytes()[257:263] == b"ustar\0"
+
+
+def test_dataset_json_describes_what_is_stored(root: Path, tmp_path: Path) -> None:
+    dataset = run(root, tmp_path / "out")
+    samples = [raw_sample("train", i) for i in range(5)]
+    label = np.stack([resize(s.label, "label", HEIGHT, WIDTH) for s in samples])
+    depth = np.stack([resize(s.depth, "depth", HEIGHT, WIDTH) for s in samples]) * 0.001
+    train = dataset.info.splits["train"]
+    assert train.count == 5 and [s.count for s in train.shards] == [2, 2, 1]
+    assert train.class_pixels == tuple(int((label == c).sum()) for c in range(3))
+    assert train.void_pixels == (label == VOID).sum()
+    assert train.valid_depth_pixels == (depth > 0).sum()
+    assert train.depth_mean == pytest.approx(depth[depth > 0].mean())
+    assert (train.depth_min, train.depth_max) == pytest.approx((depth[depth > 0].min(), depth.max()))
+    for shard in train.shards:
+        data = (dataset.root / shard.file).read_bytes()
+        assert (shard.bytes, shard.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    value = json.loads((dataset.root / "dataset.json").read_text())
+    assert value["settings"] == {
+        "source": "folder",
+        "root": str(root),
+        "options": {},
+        "height": HEIGHT,
+        "width": WIDTH,
+        "rgb_format": "jpeg",
+        "shard_size": 2,
+        "resize": "stretch",
+    }
+    assert value["classes"][0]["name"] == "a" and value["depth"] == {"kind": "metric", "unit": "metre", "scale": 0.001}
+
+
+def test_same_bytes_from_two_workers_as_from_none(root: Path, tmp_path: Path) -> None:
+    run(root, tmp_path / "a" / "out", workers=0)
+    run(root, tmp_path / "b" / "out", workers=2)
+    assert contents(tmp_path / "a" / "out") == contents(tmp_path / "b" / "out")
+
+
+def test_resume_makes_only_what_is_missing(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, out = tmp_path / "whole" / "out", tmp_path / "out"
+    run(root, whole)
+    made: list[str] = []
+
+    def stop_after(count: int) -> None:
+        from mtunet_dist import _prepare_workers
+        from mtunet_dist.data.shard_builder import make_shard
+
+        def counted(task: Any) -> Any:
+            if len(made) == count:
+                raise KeyboardInterrupt
+            made.append(task.path.name)
+            return make_shard(task)
+
+        monkeypatch.setattr(_prepare_workers, "make_shard", counted)
+
+    stop_after(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(root, out)
+    with pytest.raises(InputError, match="not a complete prepared dataset"):
+        PreparedDataset(out)
+    # What a kill at other moments leaves: a half-written shard, and a shard without its sidecar.
+    (out / "train-00002.tar.tmp").write_bytes(b"half")
+    (out / "train-00001.tar.json").unlink()
+    made.clear()
+    stop_after(-1)
+    run(root, out)
+    assert made == ["train-00001.tar", "train-00002.tar", "val-00000.tar"]
+    assert contents(out) == contents(whole)
+
+
+def test_shards_of_other_settings_are_not_taken_over(root: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "x" / "out", tmp_path / "y" / "out"
+    (root / "val/label/val1.png").rename(tmp_path / "held.png")
+    save(root / "val/label/val1.png", np.full((2 * HEIGHT, 2 * WIDTH), 9, dtype=np.uint8))
+    with pytest.raises(InputError):
+        run(root, out)
+    assert (out / "train-00000.tar.json").is_file()
+    (tmp_path / "held.png").replace(root / "val/label/val1.png")
+    run(root, out, height=4, shard_size=4)
+    run(root, other, height=4, shard_size=4)
+    assert contents(out) == contents(other)
+
+
+def test_complete_dataset_is_left_alone(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    run(root, out)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    (out / "train-00000.tar.json").write_text("{}")  # a kill just after dataset.json was written
+    run(root, out)
+    assert "is complete" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    with pytest.raises(InputError, match="width=16 instead of 32"):
+        run(root, out, width=32)
+
+
+def test_bad_samples_are_all_named_and_good_shards_kept(root: Path, tmp_path: Path) -> None:
+    for name in ("train1", "train4"):
+        path = root / "train/label" / f"{name}.png"
+        save(path, np.full((2 * HEIGHT, 2 * WIDTH), 77, dtype=np.uint8))
+    with pytest.raises(InputError, match="2 bad samples") as error:
+        run(root, tmp_path / "out")
+    lines = str(error.value).splitlines()[1:]
+    assert ["label/train1.png: label value 77" in lines[0], "label/train4.png: label value 77" in lines[1]] == [
+        True
+    ] * 2
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.tar")) == ["train-00001.tar", "val-00000.tar"]
+
+
+def test_wrong_headers_stop_before_anything_is_written(root: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (2 * WIDTH, 2 * HEIGHT)).save(root / "val/label/val1.png")
+    with pytest.raises(InputError, match=r"val/label/val1\.png: 8-bit RGB PNG"):
+        run(root, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_than_ten_bad_samples_are_counted(tmp_path: Path) -> None:
+    root = tmp_path / "source"
+    for part in ("rgb", "label", "depth"):
+        for i in range(12):
+            save(root / "train" / part / f"{i:02d}.png", np.zeros((4, 4, 3), dtype=np.uint8))
+    (root / "dataset.yaml").write_text("classes: [a]\n")
+    with pytest.raises(InputError, match="12 bad samples") as error:
+        run(root, tmp_path / "out")
+    assert str(error.value).endswith("and 2 more") and len(str(error.value).splitlines()) == 12
+
+
+def test_fingerprint_follows_content_not_place(root: Path, tmp_path: Path) -> None:
+    first = run(root, tmp_path / "a").split("train").fingerprint
+    assert run(root, tmp_path / "b").split("train").fingerprint == first
+    (root / "dataset.yaml").write_text("classes: [a, b, c]\ndepth_scale: 0.01\n")
+    assert run(root, tmp_path / "c").split("train").fingerprint != first
+
+
+def test_depth_of_16_bits_survives_in_full_range(tmp_path: Path) -> None:
+    root = tmp_path / "source"
+    depth = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    save(root / "train/depth/x.png", depth)
+    save(root / "train/label/x.png", np.zeros((256, 256), dtype=np.uint8))
+    save(root / "train/rgb/x.png", np.zeros((256, 256, 3), dtype=np.uint8))
+    (root / "dataset.yaml").write_text("classes: [a]\n")
+    split = run(root, tmp_path / "out", height=256, width=256).split("train")
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(split.parts(0)[2].tobytes()))), depth)
+
+
+def test_command_line_prepares_reports_and_verifies(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+
+    def call(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["prepare", *words])
+        main()
+        return capsys.readouterr().out
+
+    report = call("folder", str(root), out, "--size", "8x16", "--shard-size", "2", "--workers", "0")
+    assert "samples" in report and "depth range (m)" in report
+    assert PreparedDataset(Path(out)).info.width == 16
+    assert "all checksums match" in call("--verify", out)
+    with pytest.raises(SystemExit) as stop:
+        call("folder", str(root), out, "--size", "8x8", "--workers", "0")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    with pytest.raises(SystemExit):
+        call("folder", str(root), out, "colour=3")
+    assert "colour" in capsys.readouterr().err
+
+
+def test_workers_start_without_torch() -> None:
+    code = "import sys, mtunet_dist.data.shard_workers; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
