@@ -40,8 +40,9 @@ def main() -> None:
     try:
         run(torchrun)
     except ChildFailedError as failure:
-        # The process that failed has said why.
-        sys.exit(max(1, min(f.exitcode for f in failure.failures.values())))
+        # The process that failed first has said why; torchrun then ended the others.
+        _, first = failure.get_first_failure()
+        sys.exit(first.exitcode if first.exitcode > 0 else 128 - first.exitcode)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ import difflib
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+
+PATIENCE_S = 5.0  # that other ranks give the first to print an error
 
 
 class MTUNetError(Exception):
@@ -15,10 +18,6 @@ class MTUNetError(Exception):
 
 class InputError(MTUNetError, ValueError):
     """Something the user gave is wrong: a config key, a path, a file, a sample. Names it."""
-
-
-class SampleError(InputError):
-    """A stored sample cannot be decoded. Only the rank that was to train on it knows."""
 
 
 class NonFiniteLossError(MTUNetError, FloatingPointError):
@@ -34,8 +33,9 @@ def closest(name: str, names: Sequence[str]) -> str:
 def command(main: Callable[[], None]) -> Callable[[], None]:
     """Make ``main`` a command: expected errors become one line on stderr and exit code 2.
 
-    Under torchrun all ranks find the same error in the same input, so only the first process of each node prints
-    it, except a SampleError. Anything unexpected keeps its traceback.
+    Under torchrun mostly all ranks find the same error in the same input, and one line is enough: the first process
+    of each node prints it, and its end makes torchrun end the others while they wait. If it does not end, the error
+    is another rank's own, which then speaks for itself. Anything unexpected keeps its traceback.
     """
 
     @functools.wraps(main)
@@ -43,8 +43,9 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except MTUNetError as error:
-            if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, SampleError):
-                print(f"error: {error}", file=sys.stderr, flush=True)
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                time.sleep(PATIENCE_S)
+            print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
         except KeyboardInterrupt:
             sys.exit(130)

@@ -123,7 +123,7 @@ def check_same_meaning(dataset: DatasetInfo, state: checkpoint.State) -> None:
 
 def table(title: str, columns: dict[str, Evaluation]) -> Table:
     """Metrics as rows, one column per evaluation, then the IoU of each class."""
-    result = Table(title=title, title_justify="left")
+    result = Table(title=title, title_justify="left", title_style="bold")
     result.add_column("metric")
     for name in columns:
         result.add_column(name, justify="right")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -160,10 +160,11 @@ class MultiTaskStep(nn.Module):
 
     def predict_with_masks(self, image: Tensor) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
         """``predict``, and the attention masks per task, deepest decoder block first, of a model that has them."""
-        if not hasattr(self.model, "forward_with_masks"):
+        forward_with_masks: Any = getattr(self.model, "forward_with_masks", None)
+        if forward_with_masks is None:
             return self.predict(image), {}
         with self._autocast(image):
-            outputs, masks = self.model.forward_with_masks(self._normalised(image))
+            outputs, masks = forward_with_masks(self._normalised(image))
         return {name: output.float() for name, output in outputs.items()}, masks
 
     def _normalised(self, image: Tensor) -> Tensor:

@@ -44,9 +44,11 @@ def label_colors(label: np.ndarray, palette: Sequence[tuple[int, int, int]]) -> 
 
 
 def depth_colors(depth: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Near is red, far is blue, on a scale from ``low`` to ``high``; invalid (<= 0) is black."""
-    colors = turbo(1 - (depth - low) / max(high - low, 1e-6))
-    colors[~(depth > 0)] = 0
+    """Near is red, far is blue, on a logarithmic scale from ``low`` to ``high``; invalid (<= 0) is black."""
+    valid = depth > 0
+    position = np.log(np.where(valid, depth, low) / low) / max(np.log(high / low), 1e-6)
+    colors = turbo(1 - position)
+    colors[~valid] = 0
     return colors
 
 
@@ -64,7 +66,7 @@ def segmentation_tiles(task: Segmentation, prediction: np.ndarray, label: np.nda
 def depth_tiles(task: Depth, prediction: np.ndarray, depth: np.ndarray) -> dict[str, np.ndarray]:
     """Tiles for depths (H, W): target, prediction, and the relative error from 0 to one half."""
     valid = depth > 0
-    low, high = np.percentile(depth[valid], (2, 98)) if valid.any() else (0.0, 1.0)
+    low, high = np.percentile(depth[valid], (2, 98)) if valid.any() else (1.0, 1.0)
     error = turbo(np.abs(prediction - depth) / np.maximum(depth, 1e-6) * 2)
     error[~valid] = 0
     return {
@@ -77,7 +79,7 @@ def depth_tiles(task: Depth, prediction: np.ndarray, depth: np.ndarray) -> dict[
 @torch.no_grad()
 def sheet(step: MultiTaskStep, batch: Batch) -> np.ndarray:
     """A sheet uint8 (height, width, 3): a row per sample with image, targets, predictions, errors and the attention
-    mask of the last decoder block per task (mean over channels)."""
+    mask of the last decoder block per task (mean over channels); below, the colours of the classes."""
     training = step.training
     step.eval()
     outputs, masks = step.predict_with_masks(batch["image"])
@@ -95,7 +97,8 @@ def sheet(step: MultiTaskStep, batch: Batch) -> np.ndarray:
             if masks.get(task.name):
                 tiles[f"attention, {task.name}"] = _mask_tile(masks[task.name][-1][i], output.shape[-2:])
         rows.append(row(tiles))
-    return np.concatenate(rows)
+    legends = [class_legend(task, rows[0].shape[1]) for task in step.tasks if isinstance(task, Segmentation)]
+    return np.concatenate([*rows, *legends])
 
 
 def class_legend(task: Segmentation, width: int) -> np.ndarray:

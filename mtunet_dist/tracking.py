@@ -95,7 +95,9 @@ class Tracker:
         self.bar.update(self.bar_task, completed=done, description=self._epoch(done - 1), report=text)
         if self.bar.disable and (now - self.printed > PLAIN_LINE_SECONDS or done == self.total_steps):
             self.printed = now
-            self.console.print(f"{self._epoch(done - 1)}  step {done}/{self.total_steps}  {text}", highlight=False)
+            self.console.print(
+                f"{self._epoch(done - 1)}  step {done}/{self.total_steps}  {text}", highlight=False, soft_wrap=True
+            )
 
     def evaluation(self, done: int, metrics: Mapping[str, float], class_iou: Mapping[str, float]) -> None:
         """Record an evaluation after ``done`` steps and print its main figures."""
@@ -103,7 +105,7 @@ class Tracker:
             return
         self._scalars("eval", done, {**metrics, **{f"iou/{name}": value for name, value in class_iou.items()}})
         shown = [f"{k} {metrics[k]:.4f}" for k in ("miou", "accuracy", "depth_abs", "depth_rel") if k in metrics]
-        self.console.print(f"{self._epoch(done - 1)}  evaluation: {'  '.join(shown)}", highlight=False)
+        self.say(f"{self._epoch(done - 1)}  evaluation: {'  '.join(shown)}")
 
     def picture(self, done: int, sheet: np.ndarray) -> None:
         """Show a uint8 (height, width, 3) picture in TensorBoard."""
@@ -111,9 +113,9 @@ class Tracker:
             self.board.add_image("predictions", sheet, done, dataformats="HWC")
 
     def say(self, text: str) -> None:
-        """Print a line above the progress bar."""
+        """Print a line, above the progress bar if there is one."""
         if self.main:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

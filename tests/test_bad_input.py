@@ -86,6 +86,19 @@ def test_a_shard_cut_short_is_named_before_training(
     assert "train-00001.tar" in fail(train.main, empty_config, *overrides, f"data.root={copy}")
 
 
+def test_prepare_refuses(fail: Fail, prepared: Path, tmp_path: Path) -> None:
+    source, out = prepared.parent / "source", tmp_path / "out"
+    assert "/no/such/folder" in fail(prepare.main, "folder", "/no/such/folder", out)
+    message = fail(prepare.main, "cityscape", source, out)
+    assert "Did you mean 'cityscapes'" in message and "nyuv2" in message
+    assert "valid" in fail(prepare.main, "nyuv2", source, out, "valid=true")
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    image = copy / "train" / "rgb" / "003.png"
+    image.write_bytes(image.read_bytes()[:600])
+    assert str(image) in fail(prepare.main, "folder", copy, out, "--workers", 0)
+
+
 def test_evaluate_and_predict_refuse(fail: Fail, tmp_path: Path) -> None:
     assert "nowhere" in fail(evaluate.main, tmp_path / "nowhere")
     foreign = tmp_path / "foreign.pt"

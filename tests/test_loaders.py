@@ -14,7 +14,7 @@ from mtunet_dist.data.augmentation import Augmentation
 from mtunet_dist.data.loader import make_loader
 from mtunet_dist.data.order import EvalOrder, Order, TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
-from mtunet_dist.errors import SampleError
+from mtunet_dist.errors import InputError
 from mtunet_dist.multitask import Batch
 
 CPU = torch.device("cpu")
@@ -144,5 +144,5 @@ def test_a_corrupt_sample_is_named(dataset: PreparedDataset, tmp_path: Path, loa
     shard.write_bytes(data)
     good = take(PreparedDataset(copy), loader, order, batch)
     assert len(good) == batch
-    with pytest.raises(SampleError, match=rf"{bad:03d} in .*train-{bad // 4:05d}\.tar"):
+    with pytest.raises(InputError, match=rf"{bad:03d} in .*train-{bad // 4:05d}\.tar"):
         take(PreparedDataset(copy), loader, order, 3)

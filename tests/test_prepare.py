@@ -135,7 +135,7 @@ def test_resume_makes_only_what_is_missing(root: Path, tmp_path: Path, monkeypat
     made: list[str] = []
 
     def stop_after(count: int) -> None:
-        from mtunet_dist import _prepare_workers
+        from mtunet_dist.data import shard_workers
         from mtunet_dist.data.shard_builder import make_shard
 
         def counted(task: Any) -> Any:
@@ -144,7 +144,7 @@ def test_resume_makes_only_what_is_missing(root: Path, tmp_path: Path, monkeypat
             made.append(task.path.name)
             return make_shard(task)
 
-        monkeypatch.setattr(_prepare_workers, "make_shard", counted)
+        monkeypatch.setattr(shard_workers, "make_shard", counted)
 
     stop_after(2)
     with pytest.raises(KeyboardInterrupt):

@@ -15,7 +15,7 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
 from mtunet_dist.data.augmentation import Augmentation
-from mtunet_dist.data.loader import as_batch, name_broken_sample
+from mtunet_dist.data.batch import as_batch, name_broken_sample
 from mtunet_dist.data.order import Order
 from mtunet_dist.data.prepared import PreparedSplit
 from mtunet_dist.multitask import Batch

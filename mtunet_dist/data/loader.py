@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from mtunet_dist.config import DataConfig
 from mtunet_dist.data.augmentation import Augmentation
-from mtunet_dist.data.order import Order, Plan
+from mtunet_dist.data.order import Order
 from mtunet_dist.data.prepared import PreparedSplit
-from mtunet_dist.errors import InputError, SampleError
 from mtunet_dist.multitask import Batch
 
 
@@ -22,7 +20,7 @@ class Loader(Protocol):
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Batches ``start``, ``start`` + 1, ... of the order.
 
-        Raises SampleError that names the shard and key of a sample that cannot be decoded.
+        Raises InputError that names the shard and key of a sample that cannot be decoded.
         """
 
 
@@ -41,23 +39,3 @@ def make_loader(
     from mtunet_dist.data.dali import DaliLoader
 
     return DaliLoader(split, order, device, augmentation, threads=config.threads, prefetch=config.prefetch)
-
-
-def as_batch(image: Tensor, label: Tensor, depth: Tensor, depth_scale: Tensor, sample: Tensor) -> Batch:
-    """A batch from decoded tensors: image (N, H, W, 3) and label (N, H, W, 1) uint8, depth (N, H, W, 1) stored
-    units as float32, and what multiplies each sample's depth (N,)."""
-    return {
-        "image": image.permute(0, 3, 1, 2),
-        "segmentation": label.squeeze(3),
-        "depth": depth.permute(0, 3, 1, 2) * depth_scale.view(-1, 1, 1, 1),
-        "sample": sample,
-    }
-
-
-def name_broken_sample(split: PreparedSplit, plan: Plan) -> None:
-    """After a batch failed to decode: decode its samples one by one; SampleError names the first that cannot be."""
-    for i in plan.samples:
-        try:
-            split.decode(int(i))
-        except InputError as error:
-            raise SampleError(str(error)) from None

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from mtunet_dist.data.augmentation import Augmentation, Draw
-from mtunet_dist.data.loader import as_batch, name_broken_sample
+from mtunet_dist.data.batch import as_batch, name_broken_sample
 from mtunet_dist.data.order import Order
 from mtunet_dist.data.prepared import PreparedSplit
 from mtunet_dist.errors import InputError
