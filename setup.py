@@ -29,6 +29,6 @@ setup(
         "rich>=14",
         "tensorboard>=2.20",
     ],
-    extras_require={"dev": ["mypy", "pytest", "ruff", "types-PyYAML"]},
+    extras_require={"dev": ["mypy", "pytest", "ruff", "types-PyYAML"], "tune": ["ray[tune]>=2.50"]},
     entry_points={"console_scripts": ["mtunet=mtunet_dist.cli:main"]},
 )

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from omegaconf import MISSING, OmegaConf
@@ -18,6 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mtunet_dist import plugins
 from mtunet_dist.errors import InputError, closest
+
+T = TypeVar("T")
 
 TASKS = ("segmentation", "depth")
 PLUGIN_SECTIONS = ("model", "weighting", "strategy")
@@ -119,17 +121,29 @@ def config_from_text(text: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def _load(layers: list[Any], overrides: Sequence[str]) -> Config:
-    layers = [*layers, _parse_overrides(overrides)]
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), *layers)
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise InputError(_one_line(error)) from None
-    assert isinstance(config, Config)
+    config = _merge(Config, [*layers, _parse_overrides(overrides)])
     sections: dict[str, Any] = {s: _plugin_section(s, getattr(config, s)) for s in PLUGIN_SECTIONS}
     config = dataclasses.replace(config, **sections)
     _check(config)
     return config
+
+
+def load_as(schema: type[T], source: Path | dict[str, Any], overrides: Sequence[str] = ()) -> T:
+    """The dataclass ``schema`` filled from a YAML file or a mapping, then ``key=value`` overrides, typed and checked.
+
+    For files beside the config, such as a sweep's; errors as ``load_config``.
+    """
+    layer = _read_yaml(source) if isinstance(source, Path) else OmegaConf.create(source)
+    return _merge(schema, [layer, _parse_overrides(overrides)])
+
+
+def _merge(schema: type[T], layers: list[Any]) -> T:
+    try:
+        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *layers))
+    except OmegaConfBaseException as error:
+        raise InputError(_one_line(error)) from None
+    assert isinstance(merged, schema)
+    return merged
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -196,6 +196,25 @@ def _updated_weights(config: Config) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in run.module.named_parameters()}
 
 
+def test_resume_with_fewer_processes_carries_on_the_epochs_loss_statistics(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config("epochs=1", "checkpoint.every_steps=2", "checkpoint.keep=9", "eval_every_epochs=0")
+    mp.spawn(_train_rank, args=(config, tmp_path), nprocs=2)
+    checkpoint.path_of(Path(config.run_dir) / "checkpoints", 3).unlink()
+    run = runs.start(config, torch.device("cpu"))
+    assert run.step == 2
+    assert run.module.weighting.local_count.tolist() == [4, 4]  # type: ignore[attr-defined]  # 2 steps of 2 ranks
+    assert math.isfinite(train(config)["miou"])
+    assert final_state(config.run_dir)["step"] == 3
+
+
+def _train_rank(rank: int, config: Config, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    train(config)
+    torch.distributed.destroy_process_group()
+
+
 def test_a_loss_that_is_not_finite_stops_with_task_step_and_epoch(make_config: MakeConfig) -> None:
     config = make_config("optim.name=sgd", "optim.lr=1e18", "weighting.name=equal", "epochs=4")
     with pytest.raises(

@@ -1,0 +1,175 @@
+"""slurm/train.sbatch, with fakes for Slurm's commands and for Python.
+
+The fakes only record how they were called, and srun runs its command once per node, here. They know nothing of
+scheduling, signals or what a real srun accepts: for now that is checked by hand, with a real Slurm.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "slurm" / "train.sbatch"
+FAKES = {
+    "srun": r"""
+        printf '%s\0' "$@" >"$RECORD/srun"
+        while [ "${1#--}" != "$1" ]; do shift; done
+        for node in $(seq 0 $((SLURM_JOB_NUM_NODES - 1))); do SLURM_NODEID=$node "$@" || code=$?; done
+        exit "${code:-0}"
+    """,
+    "scontrol": r"""
+        printf '%s\0' "$@" >>"$RECORD/scontrol"
+        case "$1 $2" in
+            "show hostnames") printf 'n7\nn8\n' ;;
+            "show node") echo "NodeName=$4 Arch=x86_64 NodeAddr=10.0.0.7 NodeHostName=$4 Port=0" ;;
+        esac
+    """,
+    "getent": '[ "$2" != "${UNKNOWN_HOST:-}" ]',
+    "python": r"""
+        printf '%s\0' "$@" >"$RECORD/python$SLURM_NODEID"
+        printf '%s\0' "$OMP_NUM_THREADS" >"$RECORD/threads"
+        exit "${EXIT_CODE:-0}"
+    """,
+}
+
+
+class Cluster:
+    """Runs the script as the first node of a job would, and reads what the fakes recorded."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        for name, body in FAKES.items():
+            self.add(name, body)
+
+    def add(self, name: str, body: str) -> Path:
+        """A command ``name`` on PATH that runs the shell script ``body``."""
+        path = self.bin / name
+        path.write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
+        path.chmod(0o755)
+        return path
+
+    def run(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """``bash train.sbatch words...`` in a job of one node with 4 CPUs, unless ``variables`` say otherwise."""
+        job = {"SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n7", "SLURM_CPUS_ON_NODE": "4"}
+        environment = {"PATH": f"{self.bin}:{os.defpath}", "RECORD": str(self.folder), **job, **variables}
+        command = ["bash", str(SCRIPT), *words]
+        return subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=10)
+
+    def recorded(self, name: str) -> list[str]:
+        """The words that the fakes wrote into the file ``name``."""
+        return (self.folder / name).read_text(encoding="utf-8").split("\0")[:-1]
+
+    @property
+    def started_anything(self) -> bool:
+        """Whether srun was called."""
+        return (self.folder / "srun").exists()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    """Fakes of srun, scontrol, getent and python; the nodes are n7 and n8."""
+    return Cluster(tmp_path)
+
+
+def test_one_node_without_gpus_runs_one_process_with_all_its_cpus(cluster: Cluster) -> None:
+    result = cluster.run("configs/x.yaml", "epochs=2")
+    assert result.returncode == 0, result.stderr
+    assert cluster.recorded("python0") == [
+        *("-m", "torch.distributed.run", "--node-rank=0", "--nnodes=1", "--nproc-per-node=1"),
+        *("--master-addr=n7", "--master-port=15042", "-m", "mtunet_dist.train", "configs/x.yaml", "epochs=2"),
+    ]
+    assert cluster.recorded("srun")[:4] == [
+        *("--ntasks=1", "--ntasks-per-node=1", "--cpus-per-task=4", "--kill-on-bad-exit=1"),
+    ]
+    assert cluster.recorded("threads") == ["4"]
+
+
+def test_two_nodes_with_four_gpus_run_an_agent_each_and_a_process_per_gpu(cluster: Cluster) -> None:
+    nodes = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[7-8]"}
+    result = cluster.run("x.yaml", **nodes, SLURM_GPUS_ON_NODE="4", SLURM_CPUS_PER_TASK="32", MTUNET_CPU_PROCS="3")
+    assert result.returncode == 0, result.stderr
+    assert cluster.recorded("scontrol") == ["show", "hostnames", "n[7-8]"]
+    assert cluster.recorded("srun")[:4] == [
+        *("--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=32", "--kill-on-bad-exit=1"),
+    ]
+    for node in ("0", "1"):
+        assert cluster.recorded(f"python{node}") == [
+            *("-m", "torch.distributed.run", f"--node-rank={node}", "--nnodes=2", "--nproc-per-node=4"),
+            *("--master-addr=n7", "--master-port=15042", "-m", "mtunet_dist.train", "x.yaml"),
+        ]
+    assert cluster.recorded("threads") == ["8"]
+
+
+@pytest.mark.parametrize(("procs", "threads"), [("3", "1"), ("2", "2"), ("8", "1")])
+def test_processes_of_a_cpu_node_can_be_chosen_and_share_its_cpus(cluster: Cluster, procs: str, threads: str) -> None:
+    assert cluster.run("x.yaml", MTUNET_CPU_PROCS=procs).returncode == 0
+    assert f"--nproc-per-node={procs}" in cluster.recorded("python0")
+    assert cluster.recorded("threads") == [threads]
+
+
+def test_hostile_words_reach_the_training_unharmed(cluster: Cluster) -> None:
+    shell = ["a='b \"c", "d=;touch hit", "e=$(touch hit)", "f=`touch hit`", "g=*", "h=", "", "\\n\n$0"]
+    words = ["my configs/x y.yaml", *shell]
+    assert cluster.run(*words).returncode == 0
+    assert cluster.recorded("python0")[-len(words) :] == words
+    assert not (cluster.folder / "hit").exists()
+
+
+def test_the_exit_code_is_that_of_the_training(cluster: Cluster) -> None:
+    assert cluster.run("x.yaml", EXIT_CODE="17").returncode == 17
+
+
+def test_a_node_name_that_does_not_resolve_is_replaced_by_the_node_address(cluster: Cluster) -> None:
+    assert cluster.run("x.yaml", UNKNOWN_HOST="n7").returncode == 0
+    assert "--master-addr=10.0.0.7" in cluster.recorded("python0")
+    assert cluster.recorded("scontrol")[3:] == ["show", "node", "-o", "n7"]
+
+
+def test_every_job_and_every_requeue_has_a_port_of_its_own(cluster: Cluster) -> None:
+    ports = set()
+    for job, restarts in [("42", "0"), ("42", "1"), ("43", "0"), ("67108863", "2")]:
+        assert cluster.run("x.yaml", SLURM_JOB_ID=job, SLURM_RESTART_COUNT=restarts).returncode == 0
+        ports |= {int(word.split("=")[1]) for word in cluster.recorded("python0") if word.startswith("--master-port=")}
+    assert len(ports) == 4
+    assert all(1024 <= port < 32768 for port in ports)
+
+
+def test_another_python_can_be_named(cluster: Cluster) -> None:
+    python = cluster.add("my python", 'echo "$@"')
+    assert "-m torch.distributed.run" in cluster.run("x.yaml", MTUNET_PYTHON=str(python)).stdout
+
+
+def test_a_missing_python_is_one_line(cluster: Cluster) -> None:
+    result = cluster.run("x.yaml", MTUNET_PYTHON="python0.0")
+    assert result.returncode == 2
+    assert re.fullmatch(r"error: no python0\.0 on .*\n", result.stderr)
+    assert not cluster.started_anything
+
+
+@pytest.mark.parametrize("words", [[], [""], ["--nodes=2", "x.yaml"]])
+def test_a_missing_config_is_one_line_of_usage(cluster: Cluster, words: list[str]) -> None:
+    result = cluster.run(*words)
+    assert result.returncode == 2
+    assert re.fullmatch(r"usage: sbatch .* CONFIG .*\n", result.stderr)
+    assert not cluster.started_anything
+
+
+def test_outside_a_job_the_script_says_how_to_submit_it(cluster: Cluster) -> None:
+    result = cluster.run("x.yaml", SLURM_JOB_ID="")
+    assert (result.returncode, cluster.started_anything) == (2, False)
+    assert result.stderr.startswith("usage: sbatch ")
+
+
+def test_directives_stand_where_sbatch_reads_them() -> None:
+    # sbatch silently ignores what is misspelt as "# SBATCH" or comes after the first command.
+    lines = SCRIPT.read_text(encoding="utf-8").splitlines()
+    first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
+    directives = [i for i, line in enumerate(lines) if "SBATCH -" in line]
+    assert all(lines[i].startswith("#SBATCH --") and i < first_command for i in directives)
+    assert {"#SBATCH --requeue", "#SBATCH --open-mode=append", "#SBATCH --ntasks-per-node=1"} <= set(lines)

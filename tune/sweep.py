@@ -1,0 +1,103 @@
+"""Search for good settings with Ray Tune on this machine: ``python tune/sweep.py SWEEP.yaml key=value...``.
+
+A sweep file is described in sweep_config.py. Each trial is an ordinary run in ``RUN_DIR/trials/ID``. The same
+command resumes a sweep that was stopped or killed: finished trials are kept, the others go on from their checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+from rich.console import Console
+
+from mtunet_dist.errors import InputError, command
+from sweep_config import Sweep, check_trials, find_config, load_sweep, metric_names
+from sweep_ray import local_ray, make_tuner, outcome
+from sweep_report import report
+
+MAY_CHANGE = ("name", "run_dir", "config")  # when a sweep resumes; config's content may not
+
+
+@contextmanager
+def opened(sweep: Sweep, config: Path) -> Iterator[Path]:
+    """Claim the folder of the sweep and note in it what the sweep is; yields the folder's copy of the base config.
+
+    Raises InputError if another command works in it, or it holds another sweep.
+    """
+    sweep.dir.mkdir(parents=True, exist_ok=True)
+    base, file = sweep.dir / "base.yaml", sweep.dir / "sweep.yaml"
+    with (sweep.dir / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another sweep is running in {sweep.dir}") from None
+        if file.is_file():
+            check_same(sweep, load_sweep(file))
+            if yaml.safe_load(base.read_text(encoding="utf-8")) != yaml.safe_load(config.read_text(encoding="utf-8")):
+                raise InputError(f"{sweep.dir} holds a sweep over another {config}; choose another run_dir")
+        else:
+            shutil.copyfile(config, base)
+            temporary = file.with_suffix(".tmp")
+            plain = json.loads(json.dumps(dataclasses.asdict(sweep)))
+            temporary.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+            temporary.replace(file)
+        yield base
+
+
+def check_same(sweep: Sweep, before: Sweep) -> None:
+    """Refuse to continue another sweep."""
+    now, then = dataclasses.asdict(sweep), dataclasses.asdict(before)
+    changed = [f"{key}={then[key]} (now {now[key]})" for key in now if now[key] != then[key] and key not in MAY_CHANGE]
+    if changed:
+        raise InputError(f"{sweep.dir} holds a sweep with {', '.join(changed)}; choose another run_dir")
+
+
+def run(sweep: Sweep, config: Path) -> None:
+    """Run or resume ``sweep`` over the base ``config``, and report. Raises InputError before Ray starts."""
+    configs = check_trials(sweep, config)
+    for key, wanted, present in (
+        ("cpus_per_trial", sweep.cpus_per_trial, os.cpu_count() or 1),
+        ("gpus_per_trial", sweep.gpus_per_trial, torch.cuda.device_count()),
+    ):
+        if wanted > present:
+            raise InputError(f"{key}={wanted}, but this machine has {present}")
+    grids = [len(d.values) for d in sweep.dimensions.values() if d.kind == "grid"]
+    count = sweep.trials * math.prod(grids)
+    console = Console()
+    with opened(sweep, config) as base:
+        console.print(f"{sweep.name}: {count} trials; sweep folder {sweep.dir}", markup=False, highlight=False)
+        try:
+            with local_ray():
+                results = make_tuner(sweep, base, max(c.epochs for c in configs)).fit()
+                trials = [outcome(result, metric_names(configs[0])) for result in results]
+        except KeyboardInterrupt:
+            print("interrupted; the same command continues", file=sys.stderr, flush=True)
+            raise
+        report(trials, sweep, base, console)
+
+
+@command
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sweep", type=Path, metavar="SWEEP", help="a YAML file, as tune/lr.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
+    args = parser.parse_args()
+    sweep = load_sweep(args.sweep, args.overrides)
+    run(sweep, find_config(sweep, args.sweep))
+
+
+if __name__ == "__main__":
+    main()
