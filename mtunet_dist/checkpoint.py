@@ -30,9 +30,10 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def save(folder: Path, state: State, *, keep: int, best: bool) -> Path:
-    """Write ``state`` (with its ``step``), link it as ``best.pt`` if it is the ``best``, delete all but ``keep``.
+    """Write ``state`` (with its ``step``), link it as ``best.pt`` if it is the ``best``, keep the newest ``keep``.
 
-    Whatever happens while writing, every file under its final name is whole.
+    Whatever happens while writing, every file under its final name is whole. Files of later steps go too: a run
+    only gets to be behind them when they could not be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = path_of(folder, state["step"])
@@ -44,8 +45,10 @@ def save(folder: Path, state: State, *, keep: int, best: bool) -> Path:
     temporary.replace(path)
     if best:
         _publish(path, folder / "best.pt")
-    for old in by_age(folder)[keep:]:
-        old.unlink()
+    newest_first = by_age(folder)
+    this = newest_first.index(path)
+    for other in newest_first[:this] + newest_first[this + keep :]:
+        other.unlink()
     return path
 
 
@@ -79,12 +82,16 @@ def load(path: Path) -> State:
     return state
 
 
-def latest(folder: Path) -> State | None:
-    """The newest checkpoint in ``folder`` that can be read, None if it holds none; warns of damaged ones."""
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint in ``folder`` that can be read, None if it holds none; warns of damaged ones.
+
+    Raises InputError if none of them can.
+    """
     newest_first = by_age(folder)
     for path in newest_first:
         try:
-            return load(path)
+            load(path)
+            return path
         except InputError as error:
             warnings.warn(f"{error}; going back to an older one", stacklevel=2)
     if newest_first:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtunet_dist.errors import InputError
+from mtunet_dist.errors import InputError, MTUNetError
+
+T = TypeVar("T")
+
+RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets, and init_process_group needs
 
 
 def is_on() -> bool:
@@ -56,18 +60,17 @@ def process_group(device: torch.device, timeout_s: float) -> Iterator[None]:
 
     An existing group (Ray Train, a test) is used and left alone; without torchrun's variables there is none.
     """
-    if is_on() or "WORLD_SIZE" not in os.environ:
+    if is_on() or not all(name in os.environ for name in RENDEZVOUS):
         yield
         return
-    backend = "gloo"
+    timeout = timedelta(seconds=timeout_s)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        backend = "nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+    yield
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that may be gone, and hide the error
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -95,24 +98,40 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
-def barrier() -> None:
-    """Wait for every rank."""
-    if is_on():
-        dist.barrier()
+def decide(choose: Callable[[], T]) -> T:
+    """What ``choose`` returns on rank 0, on every rank; it is called there alone.
 
-
-def average_buffers(module: torch.nn.Module) -> None:
-    """Give all ranks the mean of the batch-norm running statistics.
-
-    Each rank's statistics saw its own samples only; before evaluation and saving they must agree.
-    One all-reduce for all of them.
+    An MTUNetError that it raises there is raised on every rank, so that none waits for one that has given up.
     """
-    if world_size() == 1:
-        return
-    statistics = [b for n, b in module.named_buffers() if n.endswith(("running_mean", "running_var"))]
-    if not statistics:
-        return
-    flat = torch.cat([b.detach().reshape(-1) for b in statistics])
-    all_reduce_sum(flat).div_(world_size())
-    for buffer, mean in zip(statistics, flat.split([b.numel() for b in statistics]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
+    outcome: Any = None
+    if is_main():
+        try:
+            outcome = choose()
+        except MTUNetError as error:
+            outcome = error
+    outcome = from_main(outcome)
+    if isinstance(outcome, MTUNetError):
+        raise outcome
+    result: T = outcome
+    return result
+
+
+def running_statistics(module: torch.nn.Module) -> dict[str, Tensor]:
+    """The batch-norm statistics by name. Each rank's saw its own samples only."""
+    return {n: b for n, b in module.named_buffers() if n.endswith(("running_mean", "running_var"))}
+
+
+def mean_over_ranks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The means of equally shaped floating-point tensors over all ranks, by one all-reduce."""
+    if world_size() == 1 or not tensors:
+        return dict(tensors)
+    flat = torch.cat([t.detach().reshape(-1) for t in tensors.values()])
+    means = all_reduce_sum(flat).div_(world_size()).split([t.numel() for t in tensors.values()])
+    return {name: mean.view_as(t) for (name, t), mean in zip(tensors.items(), means, strict=True)}
+
+
+def average_statistics(module: torch.nn.Module) -> None:
+    """Give all ranks the same batch-norm statistics, their mean: an evaluation shared by the ranks needs one model."""
+    statistics = running_statistics(module)
+    for name, mean in mean_over_ranks(statistics).items():
+        statistics[name].copy_(mean)

@@ -35,7 +35,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 
     Under torchrun mostly all ranks find the same error in the same input, and one line is enough: the first process
     of each node prints it, and its end makes torchrun end the others while they wait. If it does not end, the error
-    is another rank's own, which then speaks for itself. Anything unexpected keeps its traceback.
+    is another rank's own, which then speaks for itself. Anything unexpected keeps its traceback, but a collective
+    that fails because another rank has ended waits to be ended as well, so that the cause alone is printed.
     """
 
     @functools.wraps(main)
@@ -47,6 +48,10 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
                 time.sleep(PATIENCE_S)
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
+        except RuntimeError:
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                time.sleep(2 * PATIENCE_S)
+            raise
         except KeyboardInterrupt:
             sys.exit(130)
 

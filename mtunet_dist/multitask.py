@@ -209,7 +209,7 @@ def share_valid_counts(batches: Sequence[Batch], tasks: Sequence[Task]) -> None:
     Dividing by it instead of by its own count makes the averaged gradient that of one mean over all valid pixels
     of the step, however they are spread over ranks and micro-batches. One all-reduce of a few numbers.
     """
-    counts = torch.stack([sum((t.valid(b[t.name]) for b in batches), torch.zeros(())) for t in tasks]).double()
+    counts = torch.stack([torch.stack([t.valid(b[t.name]) for b in batches]).sum() for t in tasks]).double()
     parts = len(batches) * distributed.world_size()
     means = (distributed.all_reduce_sum(counts).clamp(min=1) / parts).float()
     for batch in batches:

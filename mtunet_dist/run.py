@@ -6,9 +6,11 @@ The folder explains itself: config.yaml, environment.json, metrics.jsonl, tensor
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import json
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -60,9 +62,11 @@ class Run:
     strategy: Strategy
     picture_batch: Batch | None  # on rank 0, if pictures are wanted
 
+    lock: IO[bytes] | None = None  # on rank 0; keeps other trainings out of the run folder
+
     # How far the run is.
     step: int = 0  # optimiser steps done
-    best: float | None = None  # value of the metric checkpoint.best
+    best: float | None = None  # value of the metric checkpoint.best on the split data.eval
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the newest evaluation
 
     @property
@@ -80,16 +84,28 @@ class Run:
         """Optimiser steps in the whole run."""
         return self.config.epochs * self.order.steps_per_epoch
 
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.step == self.total_steps
+
+    def close(self) -> None:
+        """Let others have the run folder."""
+        if self.lock is not None:
+            self.lock.close()
+
 
 def start(config: Config, device: torch.device) -> Run:
-    """Build everything that ``config`` names, restore the newest checkpoint of its run folder, open the folder.
+    """Build everything that ``config`` names, take its run folder, restore the newest checkpoint there.
 
-    Raises InputError before anything is written if config, data and checkpoint do not fit together.
+    Raises InputError, before anything is written, if config, data and checkpoint do not fit together or another
+    training has the folder.
     """
     run = _build(config, device)
+    distributed.decide(lambda: _claim(run))
     _restore(run)
-    if distributed.is_main():
-        (run.dir / "pictures").mkdir(parents=True, exist_ok=True)
+    if distributed.is_main() and not run.finished:
+        (run.dir / "pictures").mkdir(exist_ok=True)
         save_config(config, run.dir / "config.yaml")
         text = json.dumps(tracking.environment(), indent=2) + "\n"
         (run.dir / "environment.json").write_text(text, encoding="utf-8")
@@ -97,16 +113,16 @@ def start(config: Config, device: torch.device) -> Run:
 
 
 def save(run: Run, *, best: bool) -> None:
-    """Write a checkpoint; called on every rank."""
-    distributed.average_buffers(run.module)
-    strategy_state = run.strategy.save()
+    """Write a checkpoint; called on every rank. Changes nothing in the run."""
     ranks = distributed.gather_to_main(_rank_state(run))
+    strategy_state = run.strategy.save()
+    strategy_state["model"] |= distributed.mean_over_ranks(distributed.running_statistics(run.module))
     if distributed.is_main():
         state = {
             "step": run.step,
             "strategy": strategy_state,
             "ranks": ranks,
-            "best": {"metric": run.config.checkpoint.best, "value": run.best},
+            "best": {**_best_of(run.config), "value": run.best},
             "metrics": run.metrics,
             "config": to_yaml(run.config),
             "dataset": json.dumps(dataclasses.asdict(run.dataset.info)),
@@ -137,6 +153,7 @@ def _build(config: Config, device: torch.device) -> Run:
     step = build_step(config, info.classes, info.depth)
     check_model(step, info.height, info.width)
     known = [name for task in step.tasks for name in task.metric(torch.device("cpu")).compute()]
+    known += [f"loss/{task.name}" for task in step.tasks]
     if config.checkpoint.best not in known:
         raise InputError(f"checkpoint.best={config.checkpoint.best} is no metric. Available: {', '.join(known)}")
     strategy = plugins.build("strategy", config.strategy, step, config, device)
@@ -160,16 +177,25 @@ def _build(config: Config, device: torch.device) -> Run:
 def _restore(run: Run) -> None:
     """Continue from the newest checkpoint, or begin with a random state of this rank's own."""
     torch.manual_seed(run.config.seed * 1_000_003 + distributed.rank() + 1)  # dropout differs between ranks
-    state = checkpoint.latest(run.dir / "checkpoints")
-    if state is None:
+    file = distributed.decide(lambda: checkpoint.latest(run.dir / "checkpoints"))
+    if file is None:
         return
+    if not file.is_file():
+        reason = "run_dir must lie on a disk that all nodes share"
+        raise InputError(f"rank {distributed.rank()} does not see {file}, which rank 0 has; {reason}")
+    state = checkpoint.load(file)
     _check_same_training(run, state)
     run.strategy.load(state["strategy"])
     _restore_rank(run, state["ranks"])
     run.step = state["step"]
     run.metrics = state["metrics"]
-    if state["best"]["metric"] == run.config.checkpoint.best:
+    if {**state["best"], **_best_of(run.config)} == state["best"]:
         run.best = state["best"]["value"]
+
+
+def _best_of(config: Config) -> dict[str, str]:
+    """What the value of the best model is a value of."""
+    return {"metric": config.checkpoint.best, "split": config.data.eval}
 
 
 def _check_same_training(run: Run, state: checkpoint.State) -> None:
@@ -191,8 +217,9 @@ def _check_same_training(run: Run, state: checkpoint.State) -> None:
 
 
 def _rank_state(run: Run) -> dict[str, Any]:
-    """What differs between ranks: random generators, and the loss statistics of the epoch so far."""
-    state: dict[str, Any] = {"rng": torch.get_rng_state(), "local": _local_buffers(run.module)}
+    """What differs between ranks: random generators, batch-norm statistics, and the losses of the epoch so far."""
+    local = {name: buffer.cpu() for name, buffer in _local_buffers(run.module).items()}
+    state: dict[str, Any] = {"rng": torch.get_rng_state(), "local": local}
     if run.device.type == "cuda":
         state["cuda_rng"] = torch.cuda.get_rng_state(run.device)
     return state
@@ -201,7 +228,8 @@ def _rank_state(run: Run) -> dict[str, Any]:
 def _restore_rank(run: Run, ranks: list[dict[str, Any]]) -> None:
     """Give this rank its own state back.
 
-    With another number of ranks the random state starts anew, and rank 0 carries on the sum of the statistics.
+    With another number of ranks the random state starts anew, all continue from the mean of the batch-norm
+    statistics, which is in the model's state, and rank 0 carries on the sums of the losses.
     """
     mine = _local_buffers(run.module)
     if len(ranks) == distributed.world_size():
@@ -212,12 +240,40 @@ def _restore_rank(run: Run, ranks: list[dict[str, Any]]) -> None:
         for name, buffer in mine.items():
             buffer.copy_(state["local"][name])
         return
-    for name, buffer in mine.items():
+    for name, buffer in _local_sums(run.module).items():
         buffer.zero_()
         if distributed.is_main():
             buffer.copy_(torch.stack([state["local"][name] for state in ranks]).sum(0))
 
 
 def _local_buffers(module: torch.nn.Module) -> dict[str, Tensor]:
-    """Buffers that a weighting keeps for this rank alone."""
+    """The buffers that are not the same on all ranks."""
+    return distributed.running_statistics(module) | _local_sums(module)
+
+
+def _local_sums(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Sums that a weighting keeps for this rank alone."""
     return {name: buffer for name, buffer in module.named_buffers() if name.split(".")[-1].startswith("local_")}
+
+
+def _claim(run: Run) -> None:
+    """Take the run folder until the run is closed or its process ends, however it ends.
+
+    Raises InputError if another training has it, or if nothing can be written there.
+    """
+    folder = run.dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("wb")
+    except OSError as error:
+        raise InputError(f"run_dir={folder} cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise InputError(f"another training is writing to {folder}; stop it, or choose another run_dir") from None
+    except OSError as error:
+        # Some network file systems know no locks; there, two trainings in one folder are the user's to avoid.
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+    run.lock = lock

@@ -29,12 +29,12 @@ PLAIN_LINE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class StepReport:
-    """Means over the steps since the last report, over all ranks."""
+    """What is said of the steps since the last report."""
 
-    losses: dict[str, float]  # per task, and "total"
-    weights: dict[str, float]  # loss weight per task
-    lr: float
-    grad_norm: float
+    losses: dict[str, float]  # per task, and "total": means over these steps and all ranks
+    weights: dict[str, float]  # loss weight per task now
+    lr: float  # of the newest step
+    grad_norm: float  # of the newest step, before clipping
 
 
 class Tracker:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -35,43 +36,41 @@ def train(config: Config, on_eval: OnEval | None = None) -> dict[str, float]:
     NonFiniteLossError when a loss stops being a number.
     """
     device = distributed.pick_device(config.device)
-    with distributed.process_group(device, config.timeout_s):
-        run = runs.start(config, device)
-        tracker = Tracker(
-            run.dir,
-            start_step=run.step,
-            total_steps=run.total_steps,
-            steps_per_epoch=run.order.steps_per_epoch,
-            batch_size=config.batch_size,
-        )
-        try:
-            tracker.say(_summary(run))
-            _loop(run, tracker, on_eval)
-        finally:
-            tracker.close()
+    with distributed.process_group(device, config.timeout_s), closing(runs.start(config, device)) as run:
+        if distributed.is_main():
+            print(_summary(run), flush=True)
+        if not run.finished:
+            tracker = Tracker(
+                run.dir,
+                start_step=run.step,
+                total_steps=run.total_steps,
+                steps_per_epoch=run.order.steps_per_epoch,
+                batch_size=config.batch_size,
+            )
+            with closing(tracker):
+                _loop(run, tracker, on_eval)
         return run.metrics
 
 
 def _loop(run: Run, tracker: Tracker, on_eval: OnEval | None) -> None:
     config, order, step = run.config, run.order, run.module
     batches = run.loader.batches(start=run.step * order.accumulate)
-    window: list[Tensor] = []  # losses of the steps since the last report, on the device
+    window: list[Tensor] = []  # losses and gradient norms of the steps since the last report, on the device
 
     step.train()
-    while run.step < run.total_steps:
+    while not run.finished:
         lr = optim.lr_at(run.step, config.optim, order.steps_per_epoch, run.total_steps)
-        losses, grad_norm = _optimiser_step(run, batches, lr)
-        window.append(losses)
+        window.append(_optimiser_step(run, batches, lr))
         run.step += 1
 
         epoch, step_in_epoch = divmod(run.step, order.steps_per_epoch)
-        epoch_done, last = step_in_epoch == 0, run.step == run.total_steps
+        epoch_done, last = step_in_epoch == 0, run.finished
         save = epoch_done and epoch % config.checkpoint.every_epochs == 0
         save |= config.checkpoint.every_steps > 0 and run.step % config.checkpoint.every_steps == 0
         if epoch_done:
             step.weighting.end_epoch()
         if epoch_done or save or run.step % config.log.every_steps == 0:  # so nothing non-finite is ever saved
-            tracker.steps(run.step, _report(run, window, lr, grad_norm))
+            tracker.steps(run.step, _report(run, window, lr))
             window.clear()
 
         best = False
@@ -84,8 +83,8 @@ def _loop(run: Run, tracker: Tracker, on_eval: OnEval | None) -> None:
                 runs.save(run, best=best)
 
 
-def _optimiser_step(run: Run, batches: Iterator[Batch], lr: float) -> tuple[Tensor, Tensor]:
-    """One update from ``accumulate`` micro-batches; this rank's losses (tasks..., total) and the gradient norm."""
+def _optimiser_step(run: Run, batches: Iterator[Batch], lr: float) -> Tensor:
+    """One update from ``accumulate`` micro-batches; this rank's losses (tasks..., total), then the gradient norm."""
     accumulate = run.order.accumulate
     micro_batches = [next(batches) for _ in range(accumulate)]
     share_valid_counts(micro_batches, run.module.tasks)
@@ -95,31 +94,35 @@ def _optimiser_step(run: Run, batches: Iterator[Batch], lr: float) -> tuple[Tens
             total, losses = run.strategy(batch)
             run.strategy.backward(total / accumulate)
         rows.append(torch.stack([*losses.values(), total.detach()]))
-    return torch.stack(rows).mean(0), run.strategy.apply(lr)
+    return torch.cat([torch.stack(rows).mean(0), run.strategy.apply(lr)[None]])
 
 
-def _report(run: Run, window: list[Tensor], lr: float, grad_norm: Tensor) -> StepReport:
-    """Bring the losses of the last steps to the host, once, averaged over ranks.
+def _report(run: Run, window: list[Tensor], lr: float) -> StepReport:
+    """Bring the figures of the last steps to the host, once, averaged over ranks.
 
     Raises NonFiniteLossError, on all ranks alike, that names task, step and epoch.
     """
-    means = distributed.all_reduce_sum(torch.stack(window).double()) / distributed.world_size()
-    names = [*(task.name for task in run.module.tasks), "total"]
-    for step, row in enumerate(means.tolist(), start=run.step - len(window) + 1):
-        for name, value in zip(names, row, strict=True):
+    steps = (distributed.all_reduce_sum(torch.stack(window).double()) / distributed.world_size()).cpu()
+    tasks = [task.name for task in run.module.tasks]
+    names = [*(f"loss '{name}'" for name in [*tasks, "total"]), "gradient norm"]
+    if run.config.precision == "fp16":
+        names.pop()  # it may overflow: the scaler then leaves out the step and scales less
+    for step, row in enumerate(steps.tolist(), start=run.step - len(window) + 1):
+        for name, value in zip(names, row, strict=False):
             if not math.isfinite(value):
                 raise NonFiniteLossError(
-                    f"the loss '{name}' became {value} at step {step} (epoch "
+                    f"the {name} became {value} at step {step} (epoch "
                     f"{(step - 1) // run.order.steps_per_epoch + 1}); checkpoints are from before. "
                     "A lower optim.lr, or optim.clip_norm=1, may help"
                 )
+    losses = dict(zip([*tasks, "total"], steps[:, :-1].mean(0).tolist(), strict=True))
     weights = {name: weight.item() for name, weight in run.module.weighting.weights().items()}
-    return StepReport(dict(zip(names, means.mean(0).tolist(), strict=True)), weights, lr, grad_norm.item())
+    return StepReport(losses, weights, lr, grad_norm=steps[-1, -1].item())
 
 
 def _evaluate(run: Run, tracker: Tracker) -> bool:
     """Evaluate, report, draw; returns whether the model is the best so far."""
-    distributed.average_buffers(run.module)
+    distributed.average_statistics(run.module)
     run.module.eval()
     result = evaluate(run.module, run.eval_loader, run.device)
     run.module.train()
@@ -141,7 +144,7 @@ def _evaluate(run: Run, tracker: Tracker) -> bool:
 def _summary(run: Run) -> str:
     parameters = sum(p.numel() for p in run.module.model.parameters())
     state = f"resuming at step {run.step}" if run.step else "starting"
-    if run.step == run.total_steps:
+    if run.finished:
         state = "already finished"
     return (
         f"{run.config.model['name']}, {parameters / 1e6:.2f} M parameters, {run.config.precision}, "

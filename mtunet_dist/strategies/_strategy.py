@@ -29,7 +29,7 @@ class Strategy(Protocol):
         """Clip, step, forget the gradients; returns their norm before clipping, a scalar on the device."""
 
     def save(self) -> dict[str, Any]:
-        """State of model, optimiser and loss scaler; called on every rank."""
+        """State of the module (its state dict, as ``model``), optimiser and loss scaler; called on every rank."""
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore what ``save`` returned."""

@@ -81,6 +81,11 @@ class DDPStrategy:
     def load(self, state: dict[str, Any]) -> None:
         self.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        # Fused optimisers walk memory, not indices: moments saved under another channels_last must be laid out anew.
+        for parameter, slots in self.optimizer.state.items():
+            for name, value in slots.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    slots[name] = torch.empty_like(parameter).copy_(value)
         self.scaler.load_state_dict(state["scaler"])
 
 
