@@ -23,11 +23,10 @@ class ConstantPredictor:
 
     def __init__(self, tasks: Sequence[Task], train: PreparedSplit) -> None:
         self.tasks = list(tasks)
-        chosen = np.unique(np.linspace(0, len(train) - 1, min(len(train), MAX_SAMPLES)).round().astype(int))
         class_pixels = np.zeros(256, dtype=np.int64)
         depth_pixels = np.zeros(1 << 16, dtype=np.int64)
-        for i in chosen:
-            raw = train.decode(int(i))
+        for i in train.spread(MAX_SAMPLES):
+            raw = train.decode(i)
             class_pixels += np.bincount(raw.label.reshape(-1), minlength=256)
             depth_pixels += np.bincount(raw.depth.reshape(-1), minlength=1 << 16)
         class_pixels[VOID] = depth_pixels[0] = 0

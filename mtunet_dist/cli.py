@@ -10,6 +10,7 @@ from mtunet_dist.errors import closest
 VERBS = {
     "synthesize": "write synthetic street scenes in the layout of Cityscapes",
     "prepare": "turn a published dataset, or your own, into a prepared one",
+    "summary": "what is in a prepared dataset, in figures and as a picture",
     "train": "train, or resume a training",
     "evaluate": "metrics of a run or a checkpoint",
     "predict": "label and depth of your own images",

@@ -20,7 +20,7 @@ LAYERS = [
     ["strategies", "optim", "checkpoint", "tracking", "pictures", "baselines"],
     ["evaluate"],
     ["run"],
-    ["train", "predict", "prepare", "synthesize"],
+    ["train", "predict", "prepare", "summary", "synthesize"],
     ["cli"],
 ]
 ONLY_IN = {

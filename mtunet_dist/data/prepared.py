@@ -178,6 +178,11 @@ class PreparedSplit:
         """``KEY in SHARD``, for messages."""
         return f"{self.keys[i]} in {self.root / self.shards[int(self._shard[i])].file}"
 
+    def spread(self, most: int) -> list[int]:
+        """Positions of at most ``most`` samples, evenly spaced over the split: enough for statistics in seconds."""
+        count = len(self)
+        return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most)).round()})
+
     @property
     def fingerprint(self) -> str:
         """Identifies the content and its meaning: equal for equal shards, size, classes and depth."""
