@@ -30,6 +30,10 @@ setup(
         "rich>=14",
         "tensorboard>=2.20",
     ],
-    extras_require={"dev": ["mypy", "pytest", "ruff", "types-PyYAML"], "tune": ["ray[tune]>=2.50"]},
+    extras_require={
+        "dev": ["mypy", "pytest", "ruff", "types-PyYAML"],
+        "tune": ["ray[tune]>=2.50"],
+        "bench": ["opencv-python-headless>=4.10", "webdataset>=1.0"],
+    },
     entry_points={"console_scripts": ["mtunet=mtunet_dist.cli:main"]},
 )

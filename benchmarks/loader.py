@@ -1,0 +1,321 @@
+"""Images/s, CPU seconds and memory of loading, ours and others', from the same images.
+
+    python -m mtunet_dist.prepare nyuv2 PATH/TO/nyuv2_288x384 data/nyuv2
+    python benchmarks/loader.py data/nyuv2 --out benchmarks/results/loader_cpu
+
+Every loader gives batches of uint8 images, uint8 labels and float32 depths, shuffled, without augmentation unless its
+name says so. Others read what the prepared dataset holds: the same JPEG and PNG bytes as single files, the same shards
+(webdataset), or arrays as MTAN stores them (npy). Each runs in a process of its own, one at a time; they take turns
+for ``--rounds`` rounds. CPU seconds are of all its processes; memory is the largest sum of their proportional set
+sizes (PSS), shared pages split among those that share them. Writes OUT.md, OUT.csv and OUT.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import webdataset
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch.utils.data import DataLoader, Dataset
+
+from mtunet_dist import distributed
+from mtunet_dist.config import Config, load_config
+from mtunet_dist.data.augmentation import Augmentation
+from mtunet_dist.data.loader import make_loader
+from mtunet_dist.data.order import TrainOrder
+from mtunet_dist.data.prepared import PreparedDataset
+from mtunet_dist.errors import command
+from mtunet_dist.prepare import prepare
+from mtunet_dist.tracking import environment
+
+Item = tuple[np.ndarray, np.ndarray, np.ndarray]
+SUFFIX = {"rgb": "jpg", "label": "png", "depth": "png"}
+CLOCK = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every variant is given."""
+
+    config: Config
+    files: Path  # {rgb,label,depth}/i.{jpg,png}: the encoded parts of the training split as single files
+    npy: Path  # {image,label,depth}/i.npy, as MTAN's
+    scale: float  # of stored depth
+    lossless: Path | None  # the same dataset prepared with PNG images, if its source is still there
+
+
+def ours(setting: Setting, *, root: Path | None = None, scales: tuple[float, ...] = (1.0,), **changes: Any) -> Any:
+    """Our loader of the training split."""
+    config = setting.config
+    dataset = PreparedDataset(root or Path(config.data.root))
+    split, info = dataset.split(config.data.train), dataset.info
+    augmentation = None
+    if scales != (1.0,):
+        augmentation = Augmentation(info.height, info.width, info.depth.kind, flip=True, scales=scales)
+    device = distributed.pick_device(config.device)
+    order = TrainOrder(len(split), batch_size=config.batch_size, seed=config.seed)
+    return make_loader(replace(config.data, **changes), split, order, device, augmentation).batches()
+
+
+def opencv_item(parts: Sequence[bytes], scale: np.float32) -> Item:
+    """A sample from its encoded RGB, label and depth."""
+    rgb, label, depth = (cv2.imdecode(np.frombuffer(part, np.uint8), cv2.IMREAD_UNCHANGED) for part in parts)
+    assert rgb is not None and label is not None and depth is not None
+    return cv2.cvtColor(rgb, cv2.COLOR_BGR2RGB).transpose(2, 0, 1), label, depth.astype(np.float32)[None] * scale
+
+
+class Files(Dataset[Item]):
+    """Single image files, decoded with OpenCV or PIL."""
+
+    def __init__(self, folder: Path, scale: float, *, opencv: bool) -> None:
+        self.folder, self.scale, self.opencv = folder, np.float32(scale), opencv
+        self.count = sum(1 for _ in (folder / "rgb").iterdir())
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> Item:
+        paths = [self.folder / part / f"{i}.{suffix}" for part, suffix in SUFFIX.items()]
+        if self.opencv:
+            return opencv_item([path.read_bytes() for path in paths], self.scale)
+        rgb, label, depth = (np.asarray(Image.open(path)) for path in paths)
+        return rgb.transpose(2, 0, 1), label.copy(), depth.astype(np.float32)[None] * self.scale
+
+
+class Npy(Dataset[Item]):
+    """Arrays as MTAN stores and reads them: float64 of images and depths, float64 labels with -1."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.count = sum(1 for _ in (folder / "image").iterdir())
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> Item:
+        image, label, depth = (np.load(self.folder / part / f"{i}.npy") for part in ("image", "label", "depth"))
+        return np.moveaxis(image, -1, 0).astype(np.float32), label, np.moveaxis(depth, -1, 0).astype(np.float32)
+
+
+def endless(loader: Any) -> Iterator[Any]:
+    """Epoch after epoch."""
+    while True:
+        yield from loader
+
+
+def dataloader(dataset: Dataset[Item], setting: Setting) -> Iterator[Any]:
+    """torch's DataLoader with as many workers as ours has threads."""
+    options: Any = {"shuffle": True, "drop_last": True, "persistent_workers": True}
+    return endless(DataLoader(dataset, setting.config.batch_size, num_workers=setting.config.data.threads, **options))
+
+
+@dataclass(frozen=True)
+class Decode:
+    """For webdataset's worker processes, which need something that pickles."""
+
+    scale: float
+
+    def __call__(self, sample: dict[str, bytes]) -> Item:
+        return opencv_item([sample[key] for key in ("rgb.jpg", "label.png", "depth.png")], np.float32(self.scale))
+
+
+def from_webdataset(setting: Setting) -> Iterator[Any]:
+    """The webdataset library over our shards, decoding with OpenCV."""
+    dataset = PreparedDataset(Path(setting.config.data.root))
+    shards = [str(dataset.root / shard.file) for shard in dataset.split(setting.config.data.train).shards]
+    samples = webdataset.WebDataset(shards, shardshuffle=len(shards), seed=0).shuffle(256)
+    batches = samples.map(Decode(dataset.info.depth.scale)).batched(setting.config.batch_size, partial=False)
+    workers = min(setting.config.data.threads, len(shards))
+    return endless(webdataset.WebLoader(batches, batch_size=None, num_workers=workers))
+
+
+def variants(setting: Setting, device: torch.device) -> dict[str, Callable[[Setting], Iterator[Any]]]:
+    """Name -> its batches."""
+    augmented = (1.0, 1.2, 1.5)
+    decoder = "DALI, mixed" if device.type == "cuda" else "DALI"
+    found: dict[str, Callable[[Setting], Iterator[Any]]] = {
+        f"ours: {decoder}, JPEG shards": lambda s: ours(s, loader="dali"),
+        f"ours: {decoder}, JPEG shards, scale-crop and flip": lambda s: ours(s, loader="dali", scales=augmented),
+        "ours: torch reference, JPEG shards": lambda s: ours(s, loader="torch"),
+        "ours: cache=host": lambda s: ours(s, cache="host"),
+        "ours: cache=host, scale-crop and flip": lambda s: ours(s, cache="host", scales=augmented),
+        "DataLoader + OpenCV, files": lambda s: dataloader(Files(s.files, s.scale, opencv=True), s),
+        "DataLoader + PIL, files": lambda s: dataloader(Files(s.files, s.scale, opencv=False), s),
+        "DataLoader, npy as MTAN": lambda s: dataloader(Npy(s.npy), s),
+        "webdataset + OpenCV, JPEG shards": from_webdataset,
+    }
+    if setting.lossless:
+        found[f"ours: {decoder}, PNG shards"] = lambda s: ours(s, loader="dali", root=s.lossless)
+    if device.type == "cuda":
+        found["ours: cache=device"] = lambda s: ours(s, cache="device")
+        found["ours: cache=device, scale-crop and flip"] = lambda s: ours(s, cache="device", scales=augmented)
+    return found
+
+
+def write_files(config: Config, files: Path, npy: Path) -> None:
+    """The training split as single files and as MTAN's arrays."""
+    dataset = PreparedDataset(Path(config.data.root))
+    split = dataset.split(config.data.train)
+    for folder in (*(files / part for part in SUFFIX), *(npy / part for part in ("image", "label", "depth"))):
+        folder.mkdir(parents=True)
+    for i in track(range(len(split)), description="writing the same images for the others", transient=True):
+        for (part, suffix), data in zip(SUFFIX.items(), split.parts(i), strict=True):
+            (files / part / f"{i}.{suffix}").write_bytes(data.tobytes())
+        raw = split.decode(i)
+        np.save(npy / "image" / f"{i}.npy", raw.rgb / 255.0)
+        np.save(npy / "label" / f"{i}.npy", np.where(raw.label == 255, -1.0, raw.label))
+        np.save(npy / "depth" / f"{i}.npy", raw.depth[..., None] * dataset.info.depth.scale)
+
+
+def prepare_lossless(config: Config, out: Path) -> Path | None:
+    """The same dataset with PNG images, or None if its source has gone."""
+    there = PreparedDataset(Path(config.data.root)).info.settings
+    if not Path(there.root).is_dir():
+        return None
+    size = {"height": there.height, "width": there.width}
+    prepare(there.source, there.root, out, rgb_format="png", options=there.options, workers=2, **size)
+    return out
+
+
+def usage() -> tuple[float, float]:
+    """CPU seconds spent and MiB held (PSS) by the processes of this session, which the caller leads."""
+    cpu, kib = 0.0, 0
+    for entry in Path("/proc").iterdir():
+        try:
+            if not entry.name.isdigit() or os.getsid(int(entry.name)) != os.getpid():
+                continue
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            rollup = (entry / "smaps_rollup").read_text()
+        except OSError:
+            continue  # it has just ended
+        cpu += sum(map(int, fields[11:15])) / CLOCK  # its own, and of children it has waited for
+        kib += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
+    return cpu, kib / 1024
+
+
+def measure(name: str, setting: Setting, batches: int, results: Any) -> None:
+    """In a process of its own: seconds, CPU seconds and peak MiB of ``batches`` batches after a warm-up."""
+    os.setsid()
+    device = distributed.pick_device(setting.config.device)
+    iterator = variants(setting, device)[name](setting)
+    for _ in range(max(10, batches // 10)):
+        next(iterator)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    cpu, memory = usage()
+    start = time.perf_counter()
+    for n in range(batches):
+        next(iterator)
+        if n == batches // 2:
+            memory = max(memory, usage()[1])
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    after, held = usage()
+    results.put((seconds, after - cpu, max(memory, held)))
+    results.close()
+    results.join_thread()
+    os._exit(0)  # endless loaders have no end to wait for
+
+
+def run(setting: Setting, names: list[str], batches: int, rounds: int) -> dict[str, list[float]]:
+    """Name -> medians over rounds of images/s, CPU seconds per 1000 images, MiB."""
+    context = multiprocessing.get_context("spawn")
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
+    turns = [(n, name) for n in range(rounds) for name in names]
+    for _, name in track(turns, description="measuring", transient=True):
+        results = context.Queue()
+        process = context.Process(target=measure, args=(name, setting, batches, results))
+        process.start()
+        while process.is_alive() and results.empty():
+            process.join(0.2)
+        if results.empty():
+            sys.exit(f"error: '{name}' ended without a result, exit code {process.exitcode}")
+        found[name].append(results.get())
+        process.join()
+    images = batches * setting.config.batch_size
+    table = {}
+    for name, rows in found.items():
+        seconds, cpu, memory = (statistics.median(column) for column in zip(*rows, strict=True))
+        table[name] = [images / seconds, cpu / images * 1000, memory]
+    return table
+
+
+def write(out: Path, table: dict[str, list[float]], title: str) -> str:
+    """OUT.csv, OUT.png and OUT.md; returns the Markdown."""
+    others = [row for name, row in table.items() if name.startswith("DataLoader + ")]
+    reference = min(row[1] for row in others)
+    rows = [
+        (name, f"{rate:.0f}", f"{cpu:.3f}", f"{reference / cpu:.2f}", f"{memory:.0f}")
+        for name, (rate, cpu, memory) in table.items()
+    ]
+    header = (
+        "loader",
+        "images/s",
+        "CPU s per 1000 images",
+        "images per CPU s, against the best DataLoader + decoder",
+        "memory (MiB)",
+    )
+    lines = [f"| {' | '.join(row)} |" for row in (header, ("---", *["---:"] * 4), *rows)]
+    markdown = f"{title}\n\n" + "\n".join(lines) + "\n"
+    out.with_suffix(".md").write_text(markdown, encoding="utf-8")
+    with out.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+    figure = Figure(figsize=(10, 0.4 * len(table) + 1), layout="constrained")
+    axes = figure.subplots()
+    names = list(table)[::-1]
+    colors = ["tab:blue" if name.startswith("ours") else "tab:gray" for name in names]
+    axes.barh(names, [1000 / table[name][1] for name in names], color=colors)
+    axes.set_xlabel("images per CPU second")
+    figure.savefig(out.with_suffix(".png"), dpi=110)
+    return markdown
+
+
+@command
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", metavar="DATASET", help="a dataset prepared with --rgb jpeg")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--batches", type=int, default=300, metavar="N", help="timed batches per turn")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N")
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="results, without suffix")
+    args = parser.parse_intermixed_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = load_config(None, [f"run_dir={folder}", f"data.root={args.root}", *args.overrides])
+        files, npy = folder / "files", folder / "npy"
+        write_files(config, files, npy)
+        scale = PreparedDataset(Path(args.root)).info.depth.scale
+        setting = Setting(config, files, npy, scale, prepare_lossless(config, folder / "lossless"))
+        device = distributed.pick_device(config.device)
+        table = run(setting, list(variants(setting, device)), args.batches, args.rounds)
+    info = PreparedDataset(Path(args.root)).info
+    machine = {k: v for k, v in environment().items() if k in ("mtunet_dist", "git", "python", "torch", "cpus", "gpus")}
+    title = (
+        f"`python benchmarks/loader.py {' '.join(sys.argv[1:])}`: {info.height}x{info.width}, batch "
+        f"{config.batch_size}, {config.data.threads} threads or workers, medians of {args.rounds} turns of "
+        f"{args.batches} batches. {machine}"
+    )
+    Console().print(write(args.out, table, title), markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
