@@ -22,6 +22,7 @@ setup(
     install_requires=[
         "torch>=2.13",
         "nvidia-dali-cuda130>=2.4",
+        "h5py>=3.11",
         "matplotlib>=3.10",
         "numpy>=2",
         "omegaconf>=2.4",

@@ -34,8 +34,7 @@ from mtunet_dist.data.shard_builder import ShardResult, ShardTask, Statistics, f
 from mtunet_dist.data.shard_workers import run
 from mtunet_dist.data.shards import Index, RgbFormat, write_json
 from mtunet_dist.errors import InputError, MTUNetError, command
-from mtunet_dist.sources._images import check_headers
-from mtunet_dist.sources._source import SampleFiles, Source
+from mtunet_dist.sources._source import Sample, Source
 
 MAX_BAD = 10  # bad samples that end the work, and that are listed
 
@@ -67,9 +66,9 @@ def prepare(
         _check_same(out, settings)
         console.print(f"{out} is complete")
     else:
-        reader: Source = plugins.build("source", {"name": source, **typed}, Path(root))
+        reader: Source[Any] = plugins.build("source", {"name": source, **typed}, Path(root))
         splits = reader.splits()
-        _check_headers([sample for samples in splits.values() for sample in samples])
+        _check(reader, [sample for samples in splits.values() for sample in samples])
         tasks = [
             ShardTask(reader, settings, out, split, number, samples[start : start + shard_size])
             for split, samples in splits.items()
@@ -93,12 +92,12 @@ def _check_same(out: Path, settings: Settings) -> None:
         raise InputError(f"{out} already holds a dataset with {', '.join(different)}: choose another folder")
 
 
-def _check_headers(samples: list[SampleFiles]) -> None:
+def _check(source: Source[Any], samples: list[Sample]) -> None:
     """Fail on wrong formats and sizes before the long work starts. Threads hide the latency of network disks."""
 
-    def problem(sample: SampleFiles) -> str | None:
+    def problem(sample: Sample) -> str | None:
         try:
-            check_headers(sample)
+            source.check(sample)
         except InputError as error:
             return str(error)
         return None
@@ -199,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     cpus = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(prog="python -m mtunet_dist.prepare", description=__doc__)
     parser.add_argument("source", nargs="?", metavar="SOURCE", help=", ".join(plugins.available("source")))
-    parser.add_argument("root", nargs="?", metavar="ROOT", help="folder of the source dataset")
+    parser.add_argument("root", nargs="?", metavar="ROOT", help="folder or file of the source dataset")
     parser.add_argument("out", nargs="?", metavar="OUT", help="folder to write")
     parser.add_argument("options", nargs="*", metavar="KEY=VALUE", help="options of the source, see its class")
     parser.add_argument("--size", type=_size, default=(128, 256), metavar="HEIGHTxWIDTH", help="default 128x256")

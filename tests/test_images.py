@@ -11,10 +11,16 @@ import pytest
 from PIL import Image
 
 from mtunet_dist.errors import InputError
-from mtunet_dist.sources._images import check_headers, read_parts, resize
-from mtunet_dist.sources._source import SampleFiles
+from mtunet_dist.sources._images import check_headers, id_table, read_images, resize
+from mtunet_dist.sources._source import RawSample, SampleFiles
 
-checks = pytest.mark.parametrize("check", [check_headers, read_parts])
+
+def read(sample: SampleFiles) -> RawSample:
+    """With label ids as classes."""
+    return read_images(sample, id_table({i: i for i in range(256)}))
+
+
+checks = pytest.mark.parametrize("check", [check_headers, read])
 
 
 @pytest.fixture
@@ -29,7 +35,8 @@ def sample(tmp_path: Path) -> SampleFiles:
 
 
 def test_pixels_come_as_stored(sample: SampleFiles) -> None:
-    rgb, label, depth = read_parts(sample)
+    raw = read(sample)
+    rgb, label, depth = raw.rgb, raw.label, raw.depth
     assert rgb.shape == (4, 4, 3) and rgb.dtype == np.uint8
     assert label.dtype == np.uint8 and label.ravel().tolist() == list(range(16))
     assert depth.dtype == np.uint16 and depth.ravel().tolist() == list(range(0, 64000, 4000))
@@ -98,7 +105,7 @@ def test_truncated_png_is_named(sample: SampleFiles, part: str, keep: int) -> No
     path: Path = getattr(sample, part)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(InputError, match=rf"{part}\.png: (not an image|corrupt)"):
-        read_parts(sample)
+        read(sample)
 
 
 def test_flipped_bit_in_a_png_is_named(sample: SampleFiles) -> None:
@@ -106,14 +113,14 @@ def test_flipped_bit_in_a_png_is_named(sample: SampleFiles) -> None:
     data[data.index(b"IDAT") + 8] ^= 1
     sample.depth.write_bytes(data)
     with pytest.raises(InputError, match=r"depth\.png: corrupt"):
-        read_parts(sample)
+        read(sample)
 
 
 def test_truncated_jpeg_is_named(sample: SampleFiles) -> None:
     Image.new("RGB", (64, 64), (200, 100, 0)).save(sample.rgb, "JPEG")
     sample.rgb.write_bytes(sample.rgb.read_bytes()[:-30])
     with pytest.raises(InputError, match=r"rgb\.png: corrupt"):
-        read_parts(sample)
+        read(sample)
 
 
 def test_exif_orientation_is_ignored(sample: SampleFiles) -> None:
@@ -125,7 +132,7 @@ def test_exif_orientation_is_ignored(sample: SampleFiles) -> None:
         image.save(sample.rgb.with_name("plain.jpg"), "JPEG", quality=100)
     with Image.open(sample.rgb) as turned, Image.open(sample.rgb.with_name("plain.jpg")) as plain:
         assert turned.getexif()[0x0112] == 6
-        np.testing.assert_array_equal(read_parts(sample)[0], np.asarray(plain))
+        np.testing.assert_array_equal(read(sample).rgb, np.asarray(plain))
 
 
 def test_rgb_resize_is_antialiased() -> None:

@@ -27,6 +27,7 @@ ONLY_IN = {
     "nvidia": ["data.dali"],
     "omegaconf": ["config"],
     "deepspeed": ["strategies.deepspeed"],
+    "h5py": ["sources.nyuv2_mat"],
     "ray": [],
     "tensorboard": [],
 }

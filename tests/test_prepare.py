@@ -113,7 +113,7 @@ def test_dataset_json_describes_what_is_stored(root: Path, tmp_path: Path) -> No
     assert value["settings"] == {
         "source": "folder",
         "root": str(root),
-        "options": {},
+        "options": {"allow_unlabelled": False},
         "height": HEIGHT,
         "width": WIDTH,
         "rgb_format": "jpeg",
@@ -172,6 +172,20 @@ def test_shards_of_other_settings_are_not_taken_over(root: Path, tmp_path: Path)
     run(root, out, height=4, shard_size=4)
     run(root, other, height=4, shard_size=4)
     assert contents(out) == contents(other)
+
+
+def test_shard_is_made_again_when_a_sample_got_its_label(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (root / "train/label/train0.png").rename(tmp_path / "held.png")
+    (root / "val/label/val1.png").rename(tmp_path / "other.png")
+    (root / "val/label/val1.png").write_bytes((tmp_path / "other.png").read_bytes()[:-5])
+    with pytest.raises(InputError, match=r"val1\.png: corrupt"):
+        run(root, out)
+    (tmp_path / "held.png").rename(root / "train/label/train0.png")
+    (tmp_path / "other.png").replace(root / "val/label/val1.png")
+    dataset = run(root, out)
+    assert (dataset.split("train").decode(0).label != VOID).any()
+    assert dataset.info.splits["train"].samples_without_label == 0
 
 
 def test_complete_dataset_is_left_alone(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

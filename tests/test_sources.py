@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from mtunet_dist.config import plugin_options
+from mtunet_dist.data.report import table
 from mtunet_dist.errors import InputError
+from mtunet_dist.prepare import prepare
 from mtunet_dist.schema import VOID
 from mtunet_dist.sources.cityscapes import Cityscapes
 from mtunet_dist.sources.folder import Folder
@@ -81,9 +85,73 @@ def test_cityscapes_19_classes_are_the_official_train_ids(tmp_path: Path) -> Non
     assert source.classes[13].name == "car" and source.classes[13].color == (0, 0, 142)
 
 
+def test_cityscapes_2_classes_are_background_and_foreground(tmp_path: Path) -> None:
+    make_cityscapes(tmp_path)
+    source = Cityscapes(tmp_path, classes=2)
+    label = source.read(source.splits()["train"][0]).label.ravel()[:34].tolist()
+    assert label == [VOID] * 7 + [0] * 17 + [1] * 10
+    assert [c.name for c in source.classes] == ["background", "foreground"]
+
+
+UNEVALUATED = [9, 10, 14, 15, 16, 18, 29, 30]  # ignoreInEval in cityscapesScripts, of the ids in a category
+
+
+@pytest.mark.parametrize("classes", [2, 7, 19])
+def test_cityscapes_ids_without_evaluation_can_be_void(tmp_path: Path, classes: Any) -> None:
+    make_cityscapes(tmp_path)
+    keep, void = Cityscapes(tmp_path, classes=classes), Cityscapes(tmp_path, classes=classes, unevaluated="void")
+    sample = keep.splits()["train"][0]
+    kept, without = keep.read(sample).label.ravel()[:34], void.read(sample).label.ravel()[:34]
+    assert (without[UNEVALUATED] == VOID).all()
+    assert (kept[UNEVALUATED] == VOID).all() == (classes == 19)
+    np.testing.assert_array_equal(np.delete(kept, UNEVALUATED), np.delete(without, UNEVALUATED))
+
+
+@pytest.mark.parametrize("classes", [2, 7, 19])
+@pytest.mark.parametrize("unevaluated", ["keep", "void"])
+def test_cityscapes_minus_1_is_void(tmp_path: Path, classes: Any, unevaluated: Any) -> None:
+    make_cityscapes(tmp_path)
+    path = tmp_path / "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png"
+    save(path, np.full((6, 6), -1, dtype=np.int16).astype(np.uint8))
+    source = Cityscapes(tmp_path, classes=classes, unevaluated=unevaluated)
+    assert (source.read(source.splits()["train"][0]).label == VOID).all()
+
+
+@pytest.mark.parametrize("depth", ["metric", "inverse"])
+def test_prepared_cityscapes_equals_a_reading_of_its_own(tmp_path: Path, depth: str) -> None:
+    """From official names and quirks to shards, against cityscapesScripts' table as text and PIL."""
+    categories = "0" * 7 + "1" * 4 + "2" * 6 + "3" * 4 + "4" * 2 + "5" + "6" * 2 + "7" * 8  # catId of id 0..33
+    root = tmp_path / "cityscapes"
+    names = ("aachen_000000_000019", "bochum_000000_000313")
+    for split in ("train", "val"):
+        for name in names:
+            make_cityscapes(root, split, name)
+    options = {"classes": 7, "depth": depth}
+    made = prepare("cityscapes", root, tmp_path / "out", height=6, width=6, rgb_format="png", options=options)
+    assert made.info.settings.options == {"classes": 7, "unevaluated": "keep", "depth": depth, "test": False}
+    split = made.split("val")
+    assert split.keys == list(names)
+    for i, name in enumerate(names):
+        stored, city = split.decode(i), name.split("_")[0]
+        with Image.open(root / f"leftImg8bit/val/{city}/{name}_leftImg8bit.png") as image:
+            np.testing.assert_array_equal(stored.rgb, np.asarray(image))
+        with Image.open(root / f"gtFine/val/{city}/{name}_gtFine_labelIds.png") as image:
+            expected = [int(categories[value]) - 1 for value in np.asarray(image).ravel()]
+        assert stored.label.ravel().tolist() == [VOID if c < 0 else c for c in expected]
+        with Image.open(root / f"disparity/val/{city}/{name}_disparity.png") as image:
+            p = np.asarray(image).ravel().tolist()
+        if depth == "inverse":
+            values = [(x - 1) / 65536 if x > 0 else 0.0 for x in p]
+        else:
+            metres = [BASELINE * FX / ((x - 1) / 256) if x > 1 else 0.0 for x in p]
+            values = [m if m < 256 else 0.0 for m in metres]
+        found = (stored.depth * made.info.depth.scale).ravel().tolist()
+        assert found == pytest.approx(values, abs=1 / 512 if depth == "metric" else 1e-12)
+
+
 def test_cityscapes_options_can_be_given_as_words() -> None:
     options = plugin_options("source", "cityscapes", ["classes=19", "depth=inverse"])
-    assert options == {"classes": 19, "depth": "inverse", "test": False}
+    assert options == {"classes": 19, "unevaluated": "keep", "depth": "inverse", "test": False}
     with pytest.raises(InputError, match="classes"):
         plugin_options("source", "cityscapes", ["classes=20"])
 
@@ -199,7 +267,62 @@ def test_folder_description_errors_name_file_and_key(tmp_path: Path, yaml: str, 
 def test_folder_names_the_file_without_partner(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "data")
     save(root / "train/rgb/lonely.png", noise(4, 4))
-    with pytest.raises(InputError, match=r"lonely\.png has no label and no depth"):
+    with pytest.raises(InputError, match=r"rgb/lonely\.png has no label and no depth .* allow_unlabelled=true"):
+        Folder(root).splits()
+    raw = Folder(root, allow_unlabelled=True)
+    lonely = raw.read(raw.splits()["train"][0])
+    assert (lonely.label == VOID).all() and (lonely.depth == 0).all() and lonely.rgb.any()
+
+
+@pytest.mark.parametrize("part", ["label", "depth"])
+def test_folder_names_a_target_without_image(tmp_path: Path, part: str) -> None:
+    root = make_folder(tmp_path / "data")
+    (root / "train" / part / "x.png").rename(root / "train" / part / "y.png")
+    for options in ({}, {"allow_unlabelled": True}):
+        with pytest.raises(InputError, match=rf"{part}/y\.png has no rgb file beside it"):
+            Folder(root, **options).splits()
+
+
+@pytest.mark.parametrize("part", ["label", "depth"])
+@pytest.mark.parametrize("whole_folder", [False, True])
+def test_folder_sample_without_a_target_is_masked(tmp_path: Path, part: str, whole_folder: bool) -> None:
+    root = make_folder(tmp_path / "data")
+    for name in () if whole_folder else ("y",):
+        for other in ("rgb", "label", "depth"):
+            shutil.copy(root / "train" / other / "x.png", root / "train" / other / f"{name}.png")
+    (root / "train" / part / "x.png").unlink()
+    if whole_folder:
+        (root / "train" / part).rmdir()
+    source = Folder(root)
+    sample = source.splits()["train"][0]
+    source.check(sample)
+    raw = source.read(sample)
+    assert (raw.label == VOID).all() == (part == "label")
+    assert (raw.depth == 0).all() == (part == "depth")
+    made = prepare("folder", root, tmp_path / "out", height=4, width=4)
+    split = made.info.splits["train"]
+    assert (split.samples_without_label, split.samples_without_depth) == (part == "label", part == "depth")
+    rows = list(table(made).columns[0].cells)
+    assert f"without {part}" in rows and len([row for row in rows if "without" in str(row)]) == 1
+    stored = made.split("train").decode(0)
+    np.testing.assert_array_equal(stored.label, raw.label)
+    np.testing.assert_array_equal(stored.depth, raw.depth)
+
+
+def test_folder_suspects_a_misspelt_part(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "data")
+    (root / "train/label").rename(root / "train/labels")
+    with pytest.raises(InputError, match=r"train/label does not exist\. Did you mean 'labels'"):
+        Folder(root).splits()
+
+
+def test_folder_of_a_part_must_not_be_empty(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "data")
+    (root / "train/label/x.png").unlink()
+    with pytest.raises(InputError, match=r"train/label holds no"):
+        Folder(root).splits()
+    shutil.rmtree(root / "train/rgb")
+    with pytest.raises(InputError, match=r"train/rgb does not exist"):
         Folder(root).splits()
 
 

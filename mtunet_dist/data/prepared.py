@@ -56,7 +56,11 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """A split and its statistics over all pixels as stored; depth in the dataset's unit, 0 where none is valid."""
+    """A split and its statistics over all pixels as stored; depth in the dataset's unit, 0 where none is valid.
+
+    A sample is without label or depth when it has not one labelled or valid pixel. Datasets prepared before these
+    were counted say 0.
+    """
 
     count: int
     shards: tuple[ShardInfo, ...]
@@ -66,6 +70,8 @@ class SplitInfo:
     depth_mean: float
     depth_min: float
     depth_max: float
+    samples_without_label: int = 0
+    samples_without_depth: int = 0
 
 
 @dataclass(frozen=True)

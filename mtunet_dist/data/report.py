@@ -45,7 +45,14 @@ def table(dataset: PreparedDataset) -> Table:
         rows.add_column(name, justify="right")
     splits = list(info.splits.values())
     pixels = [split.count * info.height * info.width for split in splits]
-    rows.add_row("samples", *(str(split.count) for split in splits), end_section=True)
+    rows.add_row("samples", *(str(split.count) for split in splits))
+    for title, without in (
+        ("without label", [split.samples_without_label for split in splits]),
+        ("without depth", [split.samples_without_depth for split in splits]),
+    ):
+        if any(without):
+            rows.add_row(title, *map(str, without))
+    rows.add_section()
     for i, entry in enumerate(info.classes):
         rows.add_row(entry.name, *(f"{s.class_pixels[i] / n:.1%}" for s, n in zip(splits, pixels, strict=True)))
     rows.add_row("void", *(f"{s.void_pixels / n:.1%}" for s, n in zip(splits, pixels, strict=True)), end_section=True)

@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -30,19 +31,19 @@ from mtunet_dist.data.shards import (
 from mtunet_dist.errors import InputError
 from mtunet_dist.schema import VOID
 from mtunet_dist.sources._images import PARTS, decode, resize
-from mtunet_dist.sources._source import RawSample, SampleFiles, Source
+from mtunet_dist.sources._source import RawSample, Sample, Source
 
 
 @dataclass(frozen=True)
 class ShardTask:
     """Shard ``number`` of ``split``, to be made in the folder ``out``."""
 
-    source: Source
+    source: Source[Any]
     settings: Settings
     out: Path
     split: str
     number: int
-    samples: list[SampleFiles]
+    samples: Sequence[Sample]
 
     @property
     def path(self) -> Path:
@@ -57,7 +58,7 @@ class ShardTask:
     @property
     def fingerprint(self) -> str:
         """Equal for tasks that make the same shard of the same source files."""
-        content = [FORMAT, dataclasses.asdict(self.settings), [sample.key for sample in self.samples]]
+        content = [FORMAT, dataclasses.asdict(self.settings), [repr(sample) for sample in self.samples]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -71,6 +72,8 @@ class Statistics:
     depth_sum: int = 0
     depth_min: int = 65535
     depth_max: int = 0
+    samples_without_label: int = 0
+    samples_without_depth: int = 0
 
     def add_sample(self, sample: RawSample) -> None:
         """Count the pixels of ``sample``."""
@@ -84,6 +87,8 @@ class Statistics:
                 int(valid.sum(dtype=np.int64)),
                 int(valid.min(initial=65535)),
                 int(valid.max(initial=0)),
+                int(counts[VOID] == sample.label.size),
+                int(valid.size == 0),
             )
         )
 
@@ -95,6 +100,8 @@ class Statistics:
         self.depth_sum += other.depth_sum
         self.depth_min = min(self.depth_min, other.depth_min)
         self.depth_max = max(self.depth_max, other.depth_max)
+        self.samples_without_label += other.samples_without_label
+        self.samples_without_depth += other.samples_without_depth
 
     def of_split(self, shards: Sequence[ShardInfo], depth_scale: float) -> SplitInfo:
         """What ``dataset.json`` says of the split whose ``shards`` were counted."""
@@ -108,6 +115,8 @@ class Statistics:
             depth_mean=self.depth_sum / valid * depth_scale if valid else 0.0,
             depth_min=self.depth_min * depth_scale if valid else 0.0,
             depth_max=self.depth_max * depth_scale,
+            samples_without_label=self.samples_without_label,
+            samples_without_depth=self.samples_without_depth,
         )
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mtunet_dist.errors import InputError
 from mtunet_dist.schema import VOID
-from mtunet_dist.sources._source import SampleFiles
+from mtunet_dist.sources._source import RawSample, SampleFiles
 
 Part = Literal["rgb", "label", "depth"]
 PARTS: tuple[Part, ...] = ("rgb", "label", "depth")
@@ -44,19 +44,26 @@ def decode(data: bytes, part: Part, name: str) -> np.ndarray:
     return np.asarray(image).astype(np.uint16 if part == "depth" else np.uint8, copy=False)
 
 
-def read_parts(sample: SampleFiles) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """RGB uint8 (H, W, 3), label ids uint8 (H, W) and depth uint16 (H, W) of ``sample``, as the files have them."""
-    paths: dict[Part, Path] = {part: getattr(sample, part) for part in PARTS}
-    rgb, ids, depth = (decode(_bytes(path), part, str(path)) for part, path in paths.items())
-    _check_sizes(sample.key, {"rgb": rgb.shape[:2], "label": ids.shape, "depth": depth.shape})
-    return rgb, ids, depth
+def read_images(sample: SampleFiles, table: np.ndarray) -> RawSample:
+    """Read the files of ``sample``: labels through ``table`` (see ``id_table``), depth as it is stored.
+
+    A missing part becomes all VOID or all 0. Raises InputError that names the file, or the sample and its sizes.
+    """
+    images = {part: decode(_bytes(path), part, str(path)) for part, path in _paths(sample).items()}
+    _check_sizes(sample.key, {part: image.shape[:2] for part, image in images.items()})
+    shape = images["rgb"].shape[:2]
+    if "label" in images:
+        label = to_classes(images["label"], table, sample.label)
+    else:
+        label = np.full(shape, VOID, dtype=np.uint8)
+    depth = images.get("depth", np.zeros(shape, dtype=np.uint16))
+    return RawSample(images["rgb"], label, depth)
 
 
 def check_headers(sample: SampleFiles) -> None:
-    """Check format and size of a sample's files without decoding them. Raises InputError as ``read_parts``."""
+    """Check format and size of a sample's files without decoding them. Raises InputError as ``read_images``."""
     sizes: dict[str, tuple[int, ...]] = {}
-    for part in PARTS:
-        path: Path = getattr(sample, part)
+    for part, path in _paths(sample).items():
         try:
             with path.open("rb") as file:
                 sizes[part] = _header(file, part, str(path))
@@ -73,26 +80,34 @@ def resize(pixels: np.ndarray, part: Part, height: int, width: int) -> np.ndarra
     return pixels.take(rows, axis=0).take(columns, axis=1)
 
 
-def id_table(classes: Mapping[int, int], void: Iterable[int] = ()) -> np.ndarray:
-    """int16 (256,): label id -> class index or VOID; -1 for an id that no file may hold."""
-    table = np.full(256, -1, dtype=np.int16)
+def id_table(classes: Mapping[int, int], void: Iterable[int] = (), size: int = 256) -> np.ndarray:
+    """int16 (size,): label id -> class index or VOID; -1 for an id that no file may hold."""
+    table = np.full(size, -1, dtype=np.int16)
     table[list(classes)] = list(classes.values())
     table[list(void)] = VOID
     return table
 
 
-def to_classes(ids: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
-    """Label ids of the file ``path`` -> class indices, uint8. InputError names an id the table does not have."""
-    classes: np.ndarray = table[ids]
+def to_classes(ids: np.ndarray, table: np.ndarray, name: object) -> np.ndarray:
+    """Label ids -> class indices, uint8; an id beyond the table counts as its last.
+
+    InputError starts with ``name`` and gives an id that the table does not have.
+    """
+    classes = table.take(ids, mode="clip")
     if classes.min() < 0:
         value = int(ids[classes < 0][0])
-        raise InputError(f"{path}: label value {value} is not one of {_ranges(np.flatnonzero(table >= 0))}")
+        raise InputError(f"{name}: label value {value} is not one of {_ranges(np.flatnonzero(table >= 0))}")
     return classes.astype(np.uint8)
 
 
 def _nearest(size: int, new_size: int) -> np.ndarray:
     """For each of ``new_size`` pixels the source pixel under its centre."""
     return (2 * np.arange(new_size) + 1) * size // (2 * new_size)
+
+
+def _paths(sample: SampleFiles) -> dict[Part, Path]:
+    paths: dict[Part, Path | None] = {"rgb": sample.rgb, "label": sample.label, "depth": sample.depth}
+    return {part: path for part, path in paths.items() if path is not None}
 
 
 def _bytes(path: Path) -> bytes:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -16,14 +16,25 @@ from mtunet_dist.schema import ClassInfo, DepthInfo
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # what tar headers and WebDataset's "key.part.ext" names can hold
 
 
+class Sample(Protocol):
+    """What a source needs to find one sample, a small frozen dataclass; ``key`` is unique in its split."""
+
+    @property
+    def key(self) -> str:
+        """A match of ``KEY``."""
+
+
+S = TypeVar("S", bound=Sample)
+
+
 @dataclass(frozen=True)
 class SampleFiles:
-    """The files of one sample; ``key`` is unique in its split."""
+    """A sample whose parts are files of their own; None where it has no such part."""
 
     key: str
     rgb: Path
-    label: Path
-    depth: Path
+    label: Path | None = None
+    depth: Path | None = None
     camera: Path | None = None
 
 
@@ -36,7 +47,7 @@ class RawSample:
     depth: np.ndarray
 
 
-class Source(Protocol):
+class Source(Protocol[S]):
     """A published dataset. Must be picklable: samples are read in worker processes."""
 
     @property
@@ -47,11 +58,17 @@ class Source(Protocol):
     def depth(self) -> DepthInfo:
         """What the ``depth`` of a ``RawSample`` means."""
 
-    def splits(self) -> dict[str, list[SampleFiles]]:
+    def splits(self) -> dict[str, list[S]]:
         """The samples of each split, sorted by key. InputError for a missing folder or a file without partners."""
 
-    def read(self, sample: SampleFiles) -> RawSample:
-        """Decode and convert one sample. InputError names the file that is not as it should be."""
+    def check(self, sample: S) -> None:
+        """Look for wrong formats and sizes at little cost; called from threads. Raises InputError as ``read``."""
+
+    def read(self, sample: S) -> RawSample:
+        """Decode and convert one sample. InputError names the file that is not as it should be.
+
+        A sample without label has VOID everywhere, one without depth 0: neither then counts in that task's loss.
+        """
 
 
 def list_images(folder: Path, suffixes: Sequence[str] = (".png", ".jpg", ".jpeg")) -> dict[str, Path]:
@@ -69,16 +86,17 @@ def list_images(folder: Path, suffixes: Sequence[str] = (".png", ".jpg", ".jpeg"
     return images
 
 
-def match(parts: Mapping[str, Mapping[str, Path]]) -> list[SampleFiles]:
+def match(parts: Mapping[str, Mapping[str, Path]], optional: Collection[str] = ()) -> list[SampleFiles]:
     """Join the files of each part (a field of ``SampleFiles`` -> key -> path) into samples sorted by key.
 
-    Raises InputError that names a file whose partner is missing, or one whose name cannot be a key.
+    Raises InputError that names a file whose partner is missing (unless it is of an ``optional`` part), or one whose
+    name cannot be a key.
     """
     samples = []
     for key in sorted(set().union(*parts.values())):
         found = {part: files[key] for part, files in parts.items() if key in files}
         path = next(iter(found.values()))
-        missing = [part for part in parts if part not in found]
+        missing = [part for part in parts if part not in found and part not in optional]
         if missing:
             raise InputError(f"{path} has no {' and no '.join(missing)} file beside it")
         if not KEY.fullmatch(key):

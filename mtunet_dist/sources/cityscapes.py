@@ -15,10 +15,10 @@ import numpy as np
 
 from mtunet_dist.errors import InputError
 from mtunet_dist.schema import ClassInfo, DepthInfo
-from mtunet_dist.sources._images import id_table, read_parts, to_classes
+from mtunet_dist.sources._images import check_headers, id_table, read_images
 from mtunet_dist.sources._source import RawSample, SampleFiles, match
 
-LABEL_IDS = range(34)
+LABEL_IDS = (*range(34), 255)  # 255: -1, the license plate, where a tool wrote it into 8 bits
 METRES = 1 / 256  # unit of stored metric depth, as in KITTI's depth PNGs
 FILES = {  # part -> folder and end of the file names
     "rgb": ("leftImg8bit", "_leftImg8bit.png"),
@@ -60,13 +60,35 @@ CLASSES_19: dict[str, tuple[tuple[int, int, int], int]] = {
     "motorcycle": ((0, 0, 230), 32),
     "bicycle": ((119, 11, 32), 33),
 }
+# Class -> (colour, categories). MTAN publishes 2-class labels without saying how they were made; these are the things
+# that move (or are parked) against everything else. Ids outside the 7 categories stay void.
+CLASSES_2: dict[str, tuple[tuple[int, int, int], tuple[str, ...]]] = {
+    "background": ((70, 70, 70), ("flat", "construction", "object", "nature", "sky")),
+    "foreground": ((220, 20, 60), ("human", "vehicle")),
+}
+EVALUATED = frozenset(i for _, i in CLASSES_19.values())
+
+
+def class_set(classes: Literal[2, 7, 19]) -> dict[ClassInfo, tuple[int, ...]]:
+    """The label ids of each class, in the order of the class indices."""
+    if classes == 19:
+        return {ClassInfo(name, color): (i,) for name, (color, i) in CLASSES_19.items()}
+    if classes == 7:
+        return {ClassInfo(name, color): tuple(ids) for name, (color, ids) in CLASSES_7.items()}
+    return {
+        ClassInfo(name, color): tuple(i for category in categories for i in CLASSES_7[category][1])
+        for name, (color, categories) in CLASSES_2.items()
+    }
 
 
 class Cityscapes:
     """``ROOT/{leftImg8bit,gtFine,disparity,camera}/SPLIT/CITY/*``; the splits are those that leftImg8bit has.
 
     Options:
-        classes: 7 categories as MTAN uses them, or the official 19.
+        classes: 7 categories as MTAN uses them, the official 19, or 2: background and foreground, see ``CLASSES_2``.
+        unevaluated: what becomes of the ids that Cityscapes defines but does not evaluate (parking, rail track, guard
+            rail, bridge, tunnel, pole group, caravan, trailer: 9, 10, 14 to 16, 18, 29, 30): "keep" them in their
+            category, as MTAN does, or make them "void". In the 19 classes they are always void.
         depth: "metric", metres from disparity and camera, baseline * fx / ((p - 1) / 256) of the stored p, kept in
             steps of 1/256 m; or "inverse", (p - 1) / 65536, what MTAN and its successors call depth. Pixels without
             disparity (p = 0), at infinity (p = 1) or beyond 256 m are invalid.
@@ -74,22 +96,22 @@ class Cityscapes:
             the synthetic tree are real.
     """
 
+    check = staticmethod(check_headers)
+
     def __init__(
         self,
         root: Path,
         *,
-        classes: Literal[7, 19] = 7,
+        classes: Literal[2, 7, 19] = 7,
+        unevaluated: Literal["keep", "void"] = "keep",
         depth: Literal["metric", "inverse"] = "metric",
         test: bool = False,
     ) -> None:
         self.root = root
         self._names = ("train", "val", "test") if test else ("train", "val")
-        if classes == 7:
-            groups = CLASSES_7
-        else:
-            groups = {name: (color, range(i, i + 1)) for name, (color, i) in CLASSES_19.items()}
-        self.classes = tuple(ClassInfo(name, color) for name, (color, _) in groups.items())
-        mapping = {i: index for index, (_, ids) in enumerate(groups.values()) for i in ids}
+        ids = class_set(classes)
+        self.classes = tuple(ids)
+        mapping = {i: index for index, c in enumerate(ids) for i in ids[c] if unevaluated == "keep" or i in EVALUATED}
         self._table = id_table(mapping, void=set(LABEL_IDS) - set(mapping))
         self.depth = DepthInfo("metric", "metre", METRES) if depth == "metric" else DepthInfo("inverse", "1", 1 / 65536)
 
@@ -102,13 +124,13 @@ class Cityscapes:
 
     def read(self, sample: SampleFiles) -> RawSample:
         """See ``Source.read``."""
-        rgb, ids, disparity = read_parts(sample)
+        raw = read_images(sample, self._table)
         if self.depth.kind == "inverse":
-            depth = np.maximum(disparity, 1) - np.uint16(1)
+            depth = np.maximum(raw.depth, 1) - np.uint16(1)
         else:
             assert sample.camera is not None
-            depth = _metric(disparity, *_baseline_and_fx(sample.camera))
-        return RawSample(rgb, to_classes(ids, self._table, sample.label), depth)
+            depth = _metric(raw.depth, *_baseline_and_fx(sample.camera))
+        return dataclasses.replace(raw, depth=depth)
 
     def _samples(self, split: str) -> list[SampleFiles]:
         samples = match({part: self._files(part, split) for part in ("rgb", "label", "depth")})

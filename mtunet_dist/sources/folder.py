@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from mtunet_dist.errors import InputError
+from mtunet_dist.errors import InputError, closest
 from mtunet_dist.schema import ClassInfo, DepthInfo
-from mtunet_dist.sources._images import id_table, read_parts, to_classes
+from mtunet_dist.sources._images import check_headers, id_table, read_images
 from mtunet_dist.sources._source import KEY, RawSample, SampleFiles, list_images, match
 
 PARTS = ("rgb", "label", "depth")
@@ -29,10 +29,17 @@ class Folder:
         depth_scale: 0.001          # stored 0 is invalid
 
     Only ``classes`` is required. Labels are 8-bit gray PNGs, depth 16-bit gray PNGs, RGB is JPEG or 8-bit PNG.
+
+    A sample may lack its label or its depth, a split the whole folder: such samples train the other task alone.
+
+    Options:
+        allow_unlabelled: take RGB files that have neither label nor depth.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    check = staticmethod(check_headers)
+
+    def __init__(self, root: Path, *, allow_unlabelled: bool = False) -> None:
+        self.root, self.allow_unlabelled = root, allow_unlabelled
         path = root / DESCRIPTION
         description = _read_description(path)
         self.classes = _classes(description.classes, path)
@@ -53,12 +60,31 @@ class Folder:
         for folder in folders:
             if not KEY.fullmatch(folder.name):
                 raise InputError(f"{folder}: the name of a split may have letters, digits, '_' and '-' only")
-        return {folder.name: match({part: list_images(folder / part) for part in PARTS}) for folder in folders}
+        return {folder.name: self._samples(folder) for folder in folders}
 
     def read(self, sample: SampleFiles) -> RawSample:
         """See ``Source.read``."""
-        rgb, ids, depth = read_parts(sample)
-        return RawSample(rgb, to_classes(ids, self._table, sample.label), depth)
+        return read_images(sample, self._table)
+
+    def _samples(self, folder: Path) -> list[SampleFiles]:
+        samples = match({part: _list(folder / part) for part in PARTS}, optional=("label", "depth"))
+        if not self.allow_unlabelled:
+            for sample in samples:
+                if sample.label is None and sample.depth is None:
+                    hint = "give it one, or allow such files with allow_unlabelled=true"
+                    raise InputError(f"{sample.rgb} has no label and no depth file beside it; {hint}")
+        return samples
+
+
+def _list(folder: Path) -> dict[str, Path]:
+    """The images of a part; none where the folder of an optional part is missing and not just misspelt."""
+    if folder.is_dir() or folder.name == "rgb":
+        return list_images(folder)
+    others = [path.name for path in folder.parent.iterdir() if path.is_dir() and path.name not in PARTS]
+    hint = closest(folder.name, others)
+    if hint:
+        raise InputError(f"folder {folder} does not exist.{hint}")
+    return {}
 
 
 @dataclass(frozen=True)

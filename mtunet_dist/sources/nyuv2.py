@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mtunet_dist.schema import ClassInfo, DepthInfo
-from mtunet_dist.sources._images import id_table, read_parts, to_classes
+from mtunet_dist.sources._images import check_headers, id_table, read_images
 from mtunet_dist.sources._source import RawSample, SampleFiles, list_images, match
 
 # A validation part carved out of train, 100 images drawn once: the official split has none, and choosing settings on
@@ -53,6 +53,8 @@ class NYUv2:
     classes = CLASSES
     depth = DepthInfo("metric", "metre", 0.001)
 
+    check = staticmethod(check_headers)
+
     def __init__(self, root: Path, *, val: bool = True) -> None:
         self.root, self.val = root, val
         self._table = id_table({i + 1: i for i in range(len(CLASSES))}, void=[0])
@@ -67,8 +69,7 @@ class NYUv2:
 
     def read(self, sample: SampleFiles) -> RawSample:
         """See ``Source.read``."""
-        rgb, ids, depth = read_parts(sample)
-        return RawSample(rgb, to_classes(ids, self._table, sample.label), depth)
+        return read_images(sample, self._table)
 
     def _samples(self, split: str) -> list[SampleFiles]:
         folders = {"rgb": "rgb", "label": "label13", "depth": "depth"}
