@@ -1,4 +1,4 @@
-"""Learning rates and parameter groups."""
+"""Learning rates, parameter groups, and what a strategy makes of gradients."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtunet_dist.config import OptimConfig
-from mtunet_dist.multitask import MultiTaskStep
+from mtunet_dist.config import OptimConfig, load_config
+from mtunet_dist.multitask import Batch, MultiTaskStep, build_step
 from mtunet_dist.optim import build_optimizer, lr_at, set_lr
+from mtunet_dist.schema import ClassInfo, DepthInfo
+from mtunet_dist.strategies.ddp import DDPStrategy
 
 
 def rates(config: OptimConfig, epochs: int = 10, steps_per_epoch: int = 5) -> list[float]:
@@ -71,3 +73,62 @@ def test_groups_decay_kernels_only_and_schedule_spares_the_loss_weights(name: st
     assert loss_weights["params"][0].shape == (2,)
     set_lr(optimizer, 0.125)
     assert [g["lr"] for g in optimizer.param_groups] == [0.125, 0.125, 0.25]
+
+
+def make_strategy(*overrides: str) -> DDPStrategy:
+    """Plain gradient descent on a narrow network without dropout."""
+    torch.manual_seed(0)
+    names = ["run_dir=x", "data.root=x", "optim.name=sgd", "optim.momentum=0", "model.dropout=0"]
+    config = load_config(None, [*names, "model.widths=[4,4,4,4]", "model.bottleneck=4", *overrides])
+    classes = [ClassInfo(name, (0, 0, 0)) for name in "abc"]
+    step = build_step(config, classes, DepthInfo("metric", "metre", 0.001))
+    return DDPStrategy(step, config, torch.device("cpu"))
+
+
+def backward(strategy: DDPStrategy) -> None:
+    random = torch.Generator().manual_seed(1)
+    batch: Batch = {
+        "image": torch.randint(0, 256, (2, 3, 16, 16), generator=random).byte(),
+        "segmentation": torch.randint(0, 3, (2, 16, 16), generator=random).byte(),
+        "depth": torch.rand((2, 1, 16, 16), generator=random) + 1,
+    }
+    strategy.backward(strategy(batch)[0])
+
+
+def norm(tensors: list[Tensor]) -> float:
+    return torch.cat([t.flatten() for t in tensors]).norm().item()
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.01])
+def test_an_update_has_the_rate_given_and_the_clipped_norm_and_returns_the_unclipped(clip_norm: float) -> None:
+    strategy = make_strategy(f"optim.clip_norm={clip_norm}")
+    parameters = list(strategy.module.parameters())
+    before = [p.detach().clone() for p in parameters]
+    backward(strategy)
+    unclipped = norm([p.grad for p in parameters if p.grad is not None])
+    assert unclipped > 0.02
+    assert strategy.apply(lr=0.5).item() == pytest.approx(unclipped)
+    change = norm([p.detach() - old for p, old in zip(parameters, before, strict=True)])
+    assert change == pytest.approx(0.5 * (clip_norm or unclipped), rel=1e-3)
+    assert all(p.grad is None for p in parameters)
+
+
+def test_the_rate_reaches_the_groups_that_follow_the_schedule() -> None:
+    strategy = make_strategy()
+    strategy = DDPStrategy(
+        MultiTaskStep(strategy.module.model, strategy.module.tasks, TwoWeights()),
+        load_config(None, ["run_dir=x", "data.root=x"]),
+        torch.device("cpu"),
+    )
+    backward(strategy)
+    strategy.apply(lr=0.125)
+    assert [group["lr"] for group in strategy.optimizer.param_groups] == [0.125, 0.125, 0.25]
+
+
+def test_the_norm_under_fp16_is_that_of_the_unscaled_gradient() -> None:
+    norms = []
+    for precision in ("fp32", "fp16"):
+        strategy = make_strategy(f"precision={precision}", "optim.clip_norm=0.01")
+        backward(strategy)
+        norms.append(strategy.apply(lr=0.5).item())
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+
 import numpy as np
 import pytest
+import torch
 
+from mtunet_dist.config import DataConfig
 from mtunet_dist.data.augmentation import Augmentation
+from mtunet_dist.data.loader import make_loader
 from mtunet_dist.data.order import EvalOrder, TrainOrder, shuffled
+from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError
+from mtunet_dist.multitask import Batch
 
 
 def global_batch(step: int, world_size: int, accumulate: int, count: int = 29, batch_size: int = 8) -> list[int]:
@@ -104,3 +112,30 @@ def test_augmentation_off_changes_nothing() -> None:
     assert not augmentation.zooms
     draw = augmentation.draw(0, 0)
     assert (draw.top, draw.left, draw.height, draw.width, draw.depth_factor, draw.flip) == (0, 0, 32, 48, 1.0, False)
+
+
+@pytest.mark.parametrize("loader", ["dali", "torch"])
+def test_order_and_augmentation_neither_use_nor_change_the_global_generators(
+    dataset: PreparedDataset, loader: str
+) -> None:
+    """Else dropout would depend on the loader, and the order on whatever else draws."""
+
+    def batches(seed: int) -> list[Batch]:
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        config = DataConfig(root="", loader=loader, threads=0 if loader == "torch" else 1)  # type: ignore[arg-type]
+        augmentation = Augmentation(32, 48, "metric", flip=True, scales=(1.0, 1.2, 1.5))
+        order, cpu = TrainOrder(12, batch_size=4), torch.device("cpu")
+        made = make_loader(config, dataset.split("train"), order, cpu, augmentation)
+        taken = list(itertools.islice(made.batches(), 4))
+        drawn.append((random.random(), np.random.random(), torch.rand(1).item()))
+        return taken
+
+    drawn: list[tuple[float, ...]] = []
+    for a, b in zip(batches(1), batches(2), strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    assert drawn[0] == (random.random(), np.random.random(), torch.rand(1).item())

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from training import MakeConfig, on_two_ranks
 
 from mtunet_dist import checkpoint, distributed
 from mtunet_dist import run as runs
@@ -19,7 +18,6 @@ from mtunet_dist.run import Run
 from mtunet_dist.strategies.ddp import DDPStrategy
 from mtunet_dist.train import train
 
-MakeConfig = Callable[..., Config]
 CPU = torch.device("cpu")
 
 
@@ -94,7 +92,7 @@ def test_saving_changes_nothing_in_the_run(make_config: MakeConfig, tmp_path: Pa
         make_config(f"run_dir={tmp_path / name}", f"checkpoint.every_steps={n}", "checkpoint.keep=9")
         for name, n in (("often", 1), ("seldom", 0))
     ]
-    mp.spawn(_train_each, args=(configs, tmp_path), nprocs=2)
+    on_two_ranks(_train_each, configs)
     often, seldom = (checkpoint.load(checkpoint.path_of(Path(c.run_dir) / "checkpoints", 6)) for c in configs)
     _assert_equal(often["strategy"]["model"], seldom["strategy"]["model"])
     for a, b in zip(often["ranks"], seldom["ranks"], strict=True):
@@ -108,26 +106,20 @@ def _assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> Non
     assert all(torch.equal(a[key], b[key]) for key in a | b)
 
 
-def _train_each(rank: int, configs: list[Config], folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+def _train_each(configs: list[Config]) -> None:
     for config in configs:
         train(config)
-    torch.distributed.destroy_process_group()
 
 
-def test_what_rank_0_refuses_every_rank_refuses(tmp_path: Path) -> None:
-    mp.spawn(_decide, args=(tmp_path,), nprocs=2)
+def test_what_rank_0_refuses_every_rank_refuses() -> None:
+    on_two_ranks(_decide)
 
 
-def _decide(rank: int, folder: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
-
+def _decide() -> None:
     def refuse() -> None:
-        assert rank == 0
+        assert distributed.is_main()
         raise InputError("no")
 
     with pytest.raises(InputError, match="no"):
         distributed.decide(refuse)
-    assert distributed.decide(lambda: os.getpid()) == distributed.from_main(os.getpid())
-    torch.distributed.destroy_process_group()
+    assert distributed.decide(os.getpid) == distributed.from_main(os.getpid())

@@ -1,0 +1,91 @@
+"""What the tests of training and of resuming share: what a run left behind, and a process group of two."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from mtunet_dist import checkpoint
+from mtunet_dist.config import Config
+
+MakeConfig = Callable[..., Config]
+LAUNCH = [sys.executable, str(Path(__file__).parent.parent / "launch" / "local.py"), "--nproc=2"]
+
+
+def records(run_dir: str | Path, kind: str) -> list[dict[str, float]]:
+    lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def final_state(run_dir: str | Path) -> checkpoint.State:
+    return checkpoint.load(checkpoint.by_age(Path(run_dir) / "checkpoints")[0])
+
+
+def assert_same_state(a: checkpoint.State, b: checkpoint.State) -> None:
+    """To the bit: weights, optimiser, random generators, loss statistics, metrics; all but the configs' text."""
+    a, b = ({key: value for key, value in state.items() if key != "config"} for state in (a, b))
+    _assert_same(a, b, "")
+
+
+def _assert_same(a: Any, b: Any, where: str) -> None:
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key, value in a.items():
+            _assert_same(value, b[key], f"{where}/{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            _assert_same(x, y, f"{where}/{i}")
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
+
+
+def on_two_ranks(function: Callable[..., object], *args: object) -> None:
+    """Call ``function(*args)`` in two new processes that form a group, with one thread each.
+
+    They are forked from a server that has imported everything and has no threads: starting them takes no time, and
+    DALI, which does not survive a fork once it has run, has not run there.
+    """
+    multiprocessing.set_forkserver_preload(["__main__", "mtunet_dist.train", "mtunet_dist.data.dali"])
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_rank, args=(Path(folder) / "store", function, args), nprocs=2, start_method="forkserver")
+
+
+def _rank(rank: int, store: Path, function: Callable[..., object], args: tuple[object, ...]) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    function(*args)
+    torch.distributed.destroy_process_group()
+
+
+def kill_all(run_dir: Path) -> None:
+    """End every process of the run; torchrun's workers have sessions of their own and outlive a killed agent."""
+    word = f"run_dir={run_dir}".encode()
+    while alive := [int(p.name) for p in Path("/proc").glob("[0-9]*") if word in _command(p)]:
+        for pid in alive:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
+
+
+def _command(process: Path) -> list[bytes]:
+    try:
+        return (process / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []
