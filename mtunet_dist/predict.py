@@ -87,12 +87,20 @@ def _resized(x: Tensor, size: tuple[int, int], resample: Image.Resampling) -> np
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m mtunet_dist.predict", description=__doc__.splitlines()[0])
-    parser.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument(
+        "path",
+        type=Path,
+        metavar="RUN_OR_CHECKPOINT",
+        help="a checkpoint, or a run folder: its best.pt, else its newest",
+    )
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("--out", type=Path, required=True, help="where the results go")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="whatever it was trained on; default auto"
+    )
     args = parser.parse_args()
     images = find_images(args.images)
-    state, config, file = load_run(args.path, [])
+    state, config, file = load_run(args.path, [f"device={args.device}"])
     device = distributed.pick_device(config.device)
     info = DatasetInfo.from_json(json.loads(state["dataset"]))
     step = load_step(state, config, device)
