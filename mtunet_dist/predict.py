@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from rich.markup import escape
 from rich.progress import track
 from torch import Tensor
 
@@ -105,7 +106,7 @@ def main() -> None:
     info = DatasetInfo.from_json(json.loads(state["dataset"]))
     step = load_step(state, config, device)
     args.out.mkdir(parents=True, exist_ok=True)
-    for path in track(images, description=str(file)):
+    for path in track(images, description=escape(str(file))):
         rgb = decode(path.read_bytes(), "rgb", str(path))
         write(args.out, path.stem, rgb, predict(step, info, rgb, device), step)
     print(f"{len(images)} images written to {args.out}")

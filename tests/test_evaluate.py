@@ -102,11 +102,12 @@ def test_a_class_that_never_occurs_is_null_in_json() -> None:
 
 
 def test_evaluate_command_on_a_run_and_on_a_file(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = make_config("epochs=1")
     metrics = train(config)
-    run_dir = Path(config.run_dir)
+    (tmp_path / "[").mkdir()
+    run_dir = Path(config.run_dir).rename(tmp_path / "[" / "b] #1 ${x}")  # [/b] is markup to rich
     for path in (run_dir, run_dir / "checkpoints" / "best.pt"):
         (run_dir / "evaluation-val.json").unlink(missing_ok=True)
         monkeypatch.setattr(sys, "argv", ["evaluate", str(path), "--split", "val"])
