@@ -3,7 +3,6 @@
 # make lint   ruff and mypy
 PYTHON ?= python3
 BIN := .venv/bin
-NPROC ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
 
 .PHONY: install demo test lint format clean
 
@@ -18,8 +17,8 @@ install: .venv/installed
 demo: .venv/installed
 	$(BIN)/mtunet synthesize data/streets_source --test 0
 	$(BIN)/mtunet prepare cityscapes data/streets_source data/streets --size 64x128
-	$(BIN)/python launch/local.py --nproc $(NPROC) configs/demo.yaml
-	$(BIN)/mtunet evaluate runs/demo --split test
+	$(BIN)/python launch/local.py configs/demo.yaml
+	$(BIN)/mtunet evaluate runs/demo
 	@echo
 	@echo "pictures:    runs/demo/pictures/latest.png"
 	@echo "curves:      $(BIN)/tensorboard --logdir runs"

@@ -2,19 +2,25 @@
 
 The sections ``model``, ``weighting`` and ``strategy`` name a plugin and hold its options beside the name; they are
 checked against, and completed from, the plugin's own parameters. OmegaConf does the merging and stays in this file.
+
+On the command line the value of a string is what follows the ``=``, character for character; every other value is
+YAML. In a file ``${...}`` refers to another key, and ``\\${`` is a literal ``${``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from mtunet_dist import plugins
 from mtunet_dist.errors import InputError, closest
@@ -121,8 +127,13 @@ def config_from_text(text: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def _load(layers: list[Any], overrides: Sequence[str]) -> Config:
-    config = _merge(Config, [*layers, _parse_overrides(overrides)])
-    sections: dict[str, Any] = {s: _plugin_section(s, getattr(config, s)) for s in PLUGIN_SECTIONS}
+    words: dict[str, list[str]] = {section: [] for section in ("", *PLUGIN_SECTIONS)}
+    for word in overrides:
+        section, dot, rest = word.partition(".")
+        belongs_to_plugin = dot and section in PLUGIN_SECTIONS
+        words[section if belongs_to_plugin else ""].append(rest if belongs_to_plugin else word)
+    config = _merge(Config, layers, words[""])
+    sections: dict[str, Any] = {s: _plugin_section(s, getattr(config, s), words[s]) for s in PLUGIN_SECTIONS}
     config = dataclasses.replace(config, **sections)
     _check(config)
     return config
@@ -133,16 +144,25 @@ def load_as(schema: type[T], source: Path | dict[str, Any], overrides: Sequence[
 
     For files beside the config, such as a sweep's; errors as ``load_config``.
     """
-    layer = _read_yaml(source) if isinstance(source, Path) else OmegaConf.create(source)
-    return _merge(schema, [layer, _parse_overrides(overrides)])
+    layer = _read_yaml(source) if isinstance(source, Path) else OmegaConf.create(_escaped(source))
+    return _merge(schema, [layer], overrides)
 
 
-def _merge(schema: type[T], layers: list[Any]) -> T:
+def _merge(schema: type[T], layers: list[Any], overrides: Sequence[str]) -> T:
+    layers = [*layers, _parse_overrides(schema, overrides)]
+    for layer in layers:
+        _check_shape(schema, OmegaConf.to_container(layer))
     try:
         merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *layers))
+    except MissingMandatoryValue as error:
+        raise InputError(f"{error.full_key} must be given") from None
     except OmegaConfBaseException as error:
         raise InputError(_one_line(error)) from None
     assert isinstance(merged, schema)
+    for key, value in _leaves(_as_dict(merged)):
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise InputError(f"{key}={_shown(value)} must be finite")
     return merged
 
 
@@ -151,44 +171,65 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(to_yaml(config), encoding="utf-8")
 
 
-def to_yaml(config: Config) -> str:
-    """``config`` as YAML text, in the order of the dataclasses."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+def to_yaml(config: object) -> str:
+    """``config``, or what ``load_as`` gave, as YAML text in the order of its dataclass."""
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(_as_dict(config))))
 
 
 def flat(config: Config) -> dict[str, Any]:
     """``config`` as one level of dotted keys."""
-    values: dict[str, Any] = {}
-
-    def walk(prefix: str, section: dict[str, Any]) -> None:
-        for key, value in section.items():
-            if isinstance(value, dict):
-                walk(f"{prefix}{key}.", value)
-            else:
-                values[prefix + key] = value
-
-    walk("", dataclasses.asdict(config))
-    return values
+    return dict(_leaves(dataclasses.asdict(config)))
 
 
-def plugin_options(kind: str, name: str, given: dict[str, Any] | Sequence[str]) -> dict[str, Any]:
-    """The options of a plugin: its defaults with ``given`` (a mapping or ``key=value`` words) merged in and typed."""
+def plugin_options(
+    kind: str, name: str, given: dict[str, Any] | Sequence[str], overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The options of a plugin: its defaults, ``given`` (a mapping or ``key=value`` words), then ``overrides``; typed.
+
+    Raises InputError that names plugin, key and value.
+    """
     schema = plugins.options_schema(kind, name)
     try:
-        layer = OmegaConf.create(given) if isinstance(given, dict) else _parse_overrides(given)
-        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), layer))
-    except OmegaConfBaseException as error:
-        raise InputError(f"{kind} '{name}': {_one_line(error)}") from None
-    assert dataclasses.is_dataclass(options) and not isinstance(options, type)
-    return dataclasses.asdict(options)
+        options: object = load_as(schema, given, overrides) if isinstance(given, dict) else load_as(schema, {}, given)
+    except InputError as error:
+        raise InputError(f"{kind} '{name}': {error}") from None
+    return _as_dict(options)
 
 
-def _plugin_section(kind: str, section: dict[str, Any]) -> dict[str, Any]:
+def _plugin_section(kind: str, section: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """``section`` with ``overrides`` (words whose keys start inside the section), completed from the plugin."""
     options = dict(section)
     name = options.pop("name", None)
+    for word in overrides:
+        if word.startswith("name="):
+            name = word.removeprefix("name=")
     if not isinstance(name, str):
         raise InputError(f"{kind}.name is missing. Available: {', '.join(plugins.available(kind))}")
-    return {"name": name, **plugin_options(kind, name, options)}
+    words = [word for word in overrides if not word.startswith("name=")]
+    return {"name": name, **plugin_options(kind, name, options, words)}
+
+
+def _as_dict(instance: object) -> dict[str, Any]:
+    assert dataclasses.is_dataclass(instance) and not isinstance(instance, type)
+    return dataclasses.asdict(instance)
+
+
+def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and the values that are no sections."""
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _escaped(value: Any) -> Any:
+    """``value`` such that OmegaConf reads each ``${`` in its strings as it stands, not as a reference."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
+    if isinstance(value, Mapping):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    return [_escaped(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _read_yaml(path: Path) -> Any:
@@ -203,14 +244,83 @@ def _read_yaml(path: Path) -> Any:
     return layer
 
 
-def _parse_overrides(words: Sequence[str]) -> Any:
+def _parse_overrides(schema: type, words: Sequence[str]) -> Any:
+    layer = OmegaConf.create({})
     for word in words:
-        if "=" not in word:
+        key, equals, value = word.partition("=")
+        if not equals:
             raise InputError(f"'{word}' is not of the form key=value")
-    try:
-        return OmegaConf.from_dotlist(list(words))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise InputError(f"cannot read {' '.join(words)!r}: {' '.join(str(error).split())}") from None
+        if any("\ud800" <= character <= "\udfff" for character in word):  # how Python reads bytes that are no text
+            raise InputError(f"{word!a} is not UTF-8, which config.yaml is")
+        try:
+            if _is_text(schema, key):
+                OmegaConf.update(layer, key, _escaped(value))
+            else:
+                layer.merge_with_dotlist([word])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise InputError(f"cannot read '{word}': {' '.join(str(error).split())}") from None
+    return layer
+
+
+def _is_text(schema: Any, key: str) -> bool:
+    """Whether the dotted ``key`` of ``schema`` holds a string."""
+    kind = schema
+    for name in key.split("."):
+        if not dataclasses.is_dataclass(kind):
+            return False
+        kind = get_type_hints(kind).get(name)
+    return kind is str or (get_origin(kind) is Literal and all(isinstance(value, str) for value in get_args(kind)))
+
+
+def _check_shape(schema: Any, given: Any, prefix: str = "") -> None:
+    """Refuse unknown keys, and what is no section or no list where one is due; OmegaConf says less about them."""
+    kinds = get_type_hints(schema)
+    for name, value in given.items():
+        key = f"{prefix}{name}"
+        if name not in kinds:
+            near = closest(str(name), list(kinds))
+            raise InputError(f"unknown key '{key}'.{near} Available: {', '.join(kinds) or 'none'}")
+        kind = kinds[name]
+        if _is_reference(value):
+            continue
+        if dataclasses.is_dataclass(kind) or get_origin(kind) is dict:
+            if not isinstance(value, dict):
+                raise InputError(f"{key}={_shown(value)}: {key} is a section{_how_to_write(key, kind, value)}")
+            if dataclasses.is_dataclass(kind):
+                _check_shape(kind, value, f"{key}.")
+        elif get_origin(kind) is tuple:
+            _check_list(key, value, get_args(kind))
+
+
+def _how_to_write(key: str, kind: Any, value: Any) -> str:
+    names = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+    if isinstance(value, str) and (key in PLUGIN_SECTIONS or "name" in names):
+        return f"; write {key}.name={value}"
+    return f" of the keys {', '.join(names)}" if names else ""
+
+
+def _check_list(key: str, value: Any, kinds: tuple[Any, ...]) -> None:
+    """Refuse a ``value`` that is not a list of ``kinds`` as in ``tuple[kinds]``."""
+    if not isinstance(value, list | tuple):
+        example = "" if isinstance(value, dict) else f", such as {key}=[{_shown(value)}]"
+        raise InputError(f"{key}={_shown(value)} must be a list{example}")
+    if kinds[-1] is not ... and len(value) != len(kinds):
+        raise InputError(f"{key}={_shown(value)} must be a list of {len(kinds)}")
+    numbers = [isinstance(v, int | float) and not isinstance(v, bool) for v in value if not _is_reference(v)]
+    if kinds[0] in (int, float) and not all(numbers):
+        raise InputError(f"{key}={_shown(value)} must be a list of numbers")
+
+
+def _is_reference(value: Any) -> bool:
+    """Whether ``value`` stands for another key's; what that is, OmegaConf checks."""
+    return isinstance(value, str) and "${" in value
+
+
+def _shown(value: Any) -> str:
+    """``value`` as on the command line."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _one_line(error: OmegaConfBaseException) -> str:
@@ -230,6 +340,8 @@ def _check(config: Config) -> None:
         "optim.accumulate": config.optim.accumulate,
         "optim.lr": config.optim.lr,
         "optim.step_epochs": config.optim.step_epochs,
+        "optim.step_gamma": config.optim.step_gamma,
+        "optim.poly_power": config.optim.poly_power,
         "data.threads": config.data.threads,
         "data.prefetch": config.data.prefetch,
         "checkpoint.every_epochs": config.checkpoint.every_epochs,
@@ -246,12 +358,19 @@ def _check(config: Config) -> None:
         "optim.weight_decay": config.optim.weight_decay,
         "optim.min_lr": config.optim.min_lr,
     }
+    for key, text in {"run_dir": config.run_dir, "data.root": config.data.root}.items():
+        if not text:
+            raise InputError(f"{key} is empty; give a folder")
     for key, value in positive.items():
         if not value > 0:
             raise InputError(f"{key}={value} must be positive")
     for key, value in not_negative.items():
         if not value >= 0:
             raise InputError(f"{key}={value} must not be negative")
+    if not all(0 <= beta < 1 for beta in config.optim.betas):
+        raise InputError(f"optim.betas={list(config.optim.betas)} must be two numbers in [0, 1)")
+    if not 0 <= config.optim.momentum < 1:
+        raise InputError(f"optim.momentum={config.optim.momentum} must be in [0, 1)")
     for name in config.tasks:
         if name not in TASKS:
             raise InputError(f"unknown task '{name}'.{closest(name, TASKS)} Available: {', '.join(TASKS)}")

@@ -1,5 +1,7 @@
 """Evaluate a run or a checkpoint on a split: ``python -m mtunet_dist.evaluate RUN_OR_CHECKPOINT [--split test]``.
 
+A run folder means its ``best.pt``, else its newest checkpoint.
+
 Works under torchrun too; the figures do not depend on the number of processes.
 """
 
@@ -15,6 +17,7 @@ from typing import Protocol
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -25,8 +28,10 @@ from mtunet_dist.data.loader import Loader, make_loader
 from mtunet_dist.data.order import EvalOrder
 from mtunet_dist.data.prepared import DatasetInfo, PreparedDataset, PreparedSplit
 from mtunet_dist.errors import InputError, command
-from mtunet_dist.metrics import SegmentationMetric
+from mtunet_dist.metrics import SegmentationMetric, higher_is_better
 from mtunet_dist.multitask import MultiTaskStep, Segmentation, Task, build_step, place
+
+HEADINGS = {"trained": "trained", "constant": "best constant"}  # of the table, by key in the JSON
 
 
 class Predictor(Protocol):
@@ -56,7 +61,7 @@ class Evaluation:
 def evaluate(predictor: Predictor, loader: Loader, device: torch.device) -> Evaluation:
     """Run ``predictor``, in evaluation mode, over this rank's share of a split and reduce over ranks.
 
-    Raises InputError if the split is empty.
+    Its metrics are those of ``metric_names``.
     """
     metrics = {task.name: task.metric(device) for task in predictor.tasks}
     losses = {task.name: torch.zeros(2, dtype=torch.float64, device=device) for task in predictor.tasks}
@@ -84,10 +89,15 @@ def evaluate(predictor: Predictor, loader: Loader, device: torch.device) -> Eval
     return Evaluation(int(samples), figures, class_iou)
 
 
+def metric_names(tasks: Sequence[Task]) -> list[str]:
+    """The metrics that ``evaluate`` gives for ``tasks``."""
+    return [n for t in tasks for n in (*t.metric(torch.device("cpu")).compute(), f"loss/{t.name}")]
+
+
 def eval_loader(config: Config, split: PreparedSplit, device: torch.device) -> Loader:
-    """A loader of this rank's share of ``split``, every sample once."""
+    """A loader of this rank's share of ``split``, every sample once. InputError if there is none."""
     if not len(split):
-        raise InputError("the evaluation split is empty")
+        raise InputError(f"{split.root}: the split '{'+'.join(split.names)}' has no samples to evaluate on")
     order = EvalOrder(
         len(split),
         batch_size=config.eval_batch_size,
@@ -123,7 +133,7 @@ def check_same_meaning(dataset: DatasetInfo, state: checkpoint.State) -> None:
 
 def table(title: str, columns: dict[str, Evaluation]) -> Table:
     """Metrics as rows, one column per evaluation, then the IoU of each class."""
-    result = Table(title=title, title_justify="left", title_style="bold")
+    result = Table(title=escape(title), title_justify="left", title_style="bold")
     result.add_column("metric")
     for name in columns:
         result.add_column(name, justify="right")
@@ -132,21 +142,26 @@ def table(title: str, columns: dict[str, Evaluation]) -> Table:
         result.add_row(key, *(_cell(key, e.metrics.get(key, math.nan)) for e in evaluations))
     result.add_section()
     for name in evaluations[0].class_iou:
-        result.add_row(f"IoU {name}", *(_cell("miou", e.class_iou.get(name, math.nan)) for e in evaluations))
+        result.add_row(escape(f"IoU {name}"), *(_cell("miou", e.class_iou.get(name, math.nan)) for e in evaluations))
     return result
 
 
 def _cell(key: str, value: float) -> str:
     if math.isnan(value):
         return "-"
-    return f"{value:.2%}" if key.endswith(("miou", "accuracy", "delta1")) else f"{value:.4f}"
+    return f"{value:.2%}" if higher_is_better(key) else f"{value:.4f}"  # more is better of shares alone
 
 
 @command
 def main() -> None:
     """Print the table and write ``evaluation-SPLIT.json`` beside the checkpoints."""
     parser = argparse.ArgumentParser(prog="python -m mtunet_dist.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument(
+        "path",
+        type=Path,
+        metavar="RUN_OR_CHECKPOINT",
+        help="a checkpoint, or a run folder: its best.pt, else its newest",
+    )
     parser.add_argument("--split", help="a split of the dataset, or several: train+val (default: the run's data.eval)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run's config, as data.root=")
     args = parser.parse_intermixed_args()
@@ -158,16 +173,18 @@ def main() -> None:
         name = args.split or config.data.eval
         step = load_step(state, config, device)
         loader = eval_loader(config, dataset.split(name), device)
-        trained = evaluate(step, loader, device)
-        constant = evaluate(ConstantPredictor(step.tasks, dataset.split(config.data.train)), loader, device)
+        results = {"trained": evaluate(step, loader, device)}
+        if set(config.data.train.split("+")) <= dataset.info.splits.keys():  # a dataset for tests may have none
+            constant = ConstantPredictor(step.tasks, dataset.split(config.data.train))
+            results["constant"] = evaluate(constant, loader, device)
         if distributed.is_main():
-            title = f"{file}, step {state['step']}, on {name} ({trained.samples} samples)"
-            Console().print(table(title, {"trained": trained, "best constant": constant}))
-            result = {"checkpoint": str(file), "step": state["step"], "split": name}
+            title = f"{file}, step {state['step']}, on {name} ({results['trained'].samples} samples)"
+            Console().print(table(title, {HEADINGS[key]: result for key, result in results.items()}))
+            what = {"checkpoint": str(file), "step": state["step"], "split": name}
             folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
             output = folder / f"evaluation-{name}.json"
-            text = json.dumps({**result, "trained": trained.as_dict(), "constant": constant.as_dict()}, indent=2)
-            output.write_text(text + "\n", encoding="utf-8")
+            figures = {key: result.as_dict() for key, result in results.items()}
+            output.write_text(json.dumps({**what, **figures}, indent=2) + "\n", encoding="utf-8")
             print(f"written to {output}")
 
 

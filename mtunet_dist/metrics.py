@@ -14,6 +14,11 @@ from torch import Tensor
 from mtunet_dist.schema import VOID
 
 
+def higher_is_better(name: str) -> bool:
+    """Whether more of the metric ``name`` (also a ``legacy/`` one) is better: so with shares, not errors and losses."""
+    return name.endswith(("miou", "accuracy", "delta1"))
+
+
 class SegmentationMetric:
     """Mean IoU and pixel accuracy from a confusion matrix.
 

@@ -198,6 +198,8 @@ def check_model(step: MultiTaskStep, height: int, width: int) -> None:
     model: nn.Module = copy.deepcopy(step.model).to("meta").eval()
     outputs = model(torch.empty(2, 3, height, width, device="meta"))
     for task in step.tasks:
+        if task.name not in outputs:
+            raise InputError(f"the model has no output for task '{task.name}', only for: {', '.join(outputs)}")
         shape, expected = tuple(outputs[task.name].shape), (2, task.channels, height, width)
         if shape != expected:
             raise InputError(f"the model's output for task '{task.name}' has shape {shape} instead of {expected}")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from rich.markup import escape
 from rich.progress import track
 from torch import Tensor
 
@@ -87,17 +88,25 @@ def _resized(x: Tensor, size: tuple[int, int], resample: Image.Resampling) -> np
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m mtunet_dist.predict", description=__doc__.splitlines()[0])
-    parser.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument(
+        "path",
+        type=Path,
+        metavar="RUN_OR_CHECKPOINT",
+        help="a checkpoint, or a run folder: its best.pt, else its newest",
+    )
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("--out", type=Path, required=True, help="where the results go")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="whatever it was trained on; default auto"
+    )
     args = parser.parse_args()
     images = find_images(args.images)
-    state, config, file = load_run(args.path, [])
+    state, config, file = load_run(args.path, [f"device={args.device}"])
     device = distributed.pick_device(config.device)
     info = DatasetInfo.from_json(json.loads(state["dataset"]))
     step = load_step(state, config, device)
     args.out.mkdir(parents=True, exist_ok=True)
-    for path in track(images, description=str(file)):
+    for path in track(images, description=escape(str(file))):
         rgb = decode(path.read_bytes(), "rgb", str(path))
         write(args.out, path.stem, rgb, predict(step, info, rgb, device), step)
     print(f"{len(images)} images written to {args.out}")

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+import local
 from mtunet_dist import cli, evaluate, predict, prepare, train
+from mtunet_dist.config import Config
 
 REPOSITORY = Path(__file__).parent.parent
 Fail = Callable[..., str]
@@ -54,11 +56,18 @@ def empty_config(tmp_path: Path) -> Path:
         ("model.widths=[4,8]", ["widths", "4"]),
         ("weighting.name=fixed weighting.weights=[1,2,3]", ["weights", "3"]),
         ("device=cuda", ["device=cuda", "no GPU"]),
+        ("device=tpu", ["tpu", "cuda"]),
     ],
 )
-def test_train_refuses(fail: Fail, empty_config: Path, overrides: list[str], override: str, words: list[str]) -> None:
-    if override == "device=cuda" and shutil.which("nvidia-smi"):
-        override, words = "device=tpu", ["tpu", "cuda"]
+def test_train_refuses(
+    fail: Fail,
+    empty_config: Path,
+    overrides: list[str],
+    override: str,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     message = fail(train.main, empty_config, *overrides, *override.split(" "))
     for word in words:
         assert word in message
@@ -120,6 +129,39 @@ def test_more_processes_than_samples_end_with_one_line_and_no_hang(overrides: li
     result = subprocess.run([*command, *worker], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode != 0
     assert result.stderr.count("error: batch_size=13 cannot be divided among 2 processes") == 1
+
+
+@pytest.mark.parametrize("count", ["0", "-1"])
+def test_the_launcher_refuses_no_processes(fail: Fail, overrides: list[str], empty_config: Path, count: str) -> None:
+    assert f"--nproc={count} must be at least 1" in fail(local.main, f"--nproc={count}", empty_config, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "words", "processes"),
+    [
+        (4, ["device=auto", "batch_size=8"], 4),
+        (4, ["device=auto", "batch_size=2"], 2),
+        (8, ["device=auto", "batch_size=12", "optim.accumulate=2"], 6),
+        (3, ["device=auto", "batch_size=7"], 1),
+        (8, ["device=cpu", "batch_size=8"], 2),
+        (0, ["device=auto", "batch_size=8"], 2),
+        (0, ["device=auto", "batch_size=3"], 1),
+    ],
+)
+def test_the_launcher_starts_as_many_processes_as_can_share_the_batch(
+    make_config: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    gpus: int,
+    words: list[str],
+    processes: int,
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(16))
+    config = make_config(*words)
+    assert local.default_processes(config) == processes
+    fewer = processes < (gpus if gpus and config.device != "cpu" else 2)
+    assert (f"processes: {processes}, not" in capsys.readouterr().out) == fewer
 
 
 def test_the_launcher_checks_before_it_starts_anything_and_passes_on_failure(

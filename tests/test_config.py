@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -57,7 +58,27 @@ def test_saved_config_loads_back_equal(tmp_path: Path) -> None:
         ("precision=fp8", ["fp8", "bf16"]),
         ("model.name=mtnet", ["mtnet", "Did you mean", "mtunet"]),
         ("weighting.name=none", ["none", "equal", "fixed", "learned"]),
-        ("weighting.name=null", ["weighting.name", "learned"]),
+        ("weighting.name=null", ["null", "learned"]),
+        ("model=mtunet", ["model=mtunet", "write model.name=mtunet"]),
+        ("optim=adam", ["optim=adam", "write optim.name=adam"]),
+        ("data=null", ["data=null", "section", "root, train"]),
+        ("tasks=depth", ["tasks=depth", "must be a list", "tasks=[depth]"]),
+        ("tasks[0]=depth", ["tasks", "must be a list"]),
+        ("optim.betas=[0.9]", ["optim.betas=[0.9]", "list of 2"]),
+        ("optim.betas=[0.9,a]", ["optim.betas=[0.9, a]", "numbers"]),
+        ("optim.betas=[0.9,1]", ["optim.betas=[0.9, 1.0]", "[0, 1)"]),
+        ("optim.momentum=1", ["optim.momentum=1.0", "[0, 1)"]),
+        ("optim.step_gamma=0", ["optim.step_gamma=0.0", "positive"]),
+        ("optim.poly_power=-1", ["optim.poly_power=-1.0", "positive"]),
+        ("optim.lr=inf", ["optim.lr=inf", "finite"]),
+        ("optim.weight_decay=.nan", ["optim.weight_decay=nan", "finite"]),
+        ("data.augment.scales=[1.0,.inf]", ["data.augment.scales=[1.0, inf]", "finite"]),
+        ("model.dropout=.nan", ["dropout=nan", "finite", "mtunet"]),
+        ("data.augment.flp=true", ["data.augment.flp", "Did you mean", "flip"]),
+        ("weighting.windw=3", ["windw", "Did you mean", "window", "learned"]),
+        ("run_dir=", ["run_dir", "empty"]),
+        ("data.root=???", ["data.root", "given"]),
+        ("run_dir=\udcff", ["run_dir=", "UTF-8"]),
         ("data.augment.scales=[0.5]", ["scales", "0.5"]),
         ("tasks=[segmentation,normals]", ["normals", "segmentation", "depth"]),
         ("epochs", ["epochs", "key=value"]),
@@ -71,6 +92,51 @@ def test_wrong_override_is_one_line_that_names_it(override: str, words: list[str
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *["0123", "1e3", "1:30", "null", "true", "off", "[a", "{b", "*a", "a=b", "tür", "道", "'q'", '"q"'],
+        *["$x", "${x}", "${oc.env:HOME}", "${", r"\${x}", r"\\${x}" "\\"],
+        "a #b",
+        "/a: b",
+    ],
+)
+def test_strings_arrive_as_they_stand_and_survive_saving(text: str, tmp_path: Path) -> None:
+    config = load_config(None, [f"run_dir={text}", f"data.root={text}", f"checkpoint.best={text}"])
+    assert (config.run_dir, config.data.root, config.checkpoint.best) == (text, text, text)
+    save_config(config, tmp_path / "c.yaml")
+    assert load_config(tmp_path / "c.yaml") == config
+    assert config_from_text(to_yaml(config)) == config
+
+
+def test_a_files_reference_to_another_key_is_followed(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("run_dir: runs/${seed}\ndata: {root: d}\nmodel: {name: mtunet, bottleneck: '${batch_size}'}\n")
+    config = load_config(file, ["seed=3", "batch_size=4", "model.dropout=0.5"])
+    assert (config.run_dir, config.model["bottleneck"], config.model["dropout"]) == ("runs/3", 4, 0.5)
+
+
+class OptionOfText:
+    """A plugin with an option that is a string."""
+
+    def __init__(self, *, path: str = "", kind: Literal["off", "on"] = "on", size: int = 1) -> None: ...
+
+
+def test_text_options_of_plugins_arrive_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins, "find", lambda kind, name: OptionOfText)
+    words = [f"model.{word}" for word in ("path=[${x}: null", "kind=off", "size=2", "name=textual")]
+    config = load_config(None, [*REQUIRED, *words])
+    assert config.model == {"name": "textual", "path": "[${x}: null", "kind": "off", "size": 2}
+    assert config_from_text(to_yaml(config)) == config
+
+
+def test_a_plugin_without_a_name_is_refused_with_the_names_there_are(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("weighting: {name: null}\n")
+    with pytest.raises(InputError, match=r"weighting\.name is missing.*learned"):
+        load_config(file, REQUIRED)
 
 
 def test_missing_required_key_is_named() -> None:

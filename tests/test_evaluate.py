@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +16,14 @@ import torch
 import torch.multiprocessing as mp
 from PIL import Image
 
+from mtunet_dist import checkpoint
 from mtunet_dist import evaluate as evaluation
 from mtunet_dist import predict as prediction
 from mtunet_dist.baselines import ConstantPredictor
-from mtunet_dist.config import Config
+from mtunet_dist.config import Config, to_yaml
 from mtunet_dist.data.prepared import PreparedDataset
-from mtunet_dist.evaluate import Evaluation, eval_loader, evaluate
+from mtunet_dist.errors import InputError
+from mtunet_dist.evaluate import Evaluation, eval_loader, evaluate, metric_names
 from mtunet_dist.multitask import build_step, make_tasks
 from mtunet_dist.train import train
 
@@ -61,6 +65,18 @@ def test_metrics_hold_both_families(make_config: MakeConfig) -> None:
     assert whole | legacy | {"loss/segmentation", "loss/depth"} == metrics.keys()
 
 
+def test_metric_names_are_those_that_evaluate_gives(make_config: MakeConfig, dataset: PreparedDataset) -> None:
+    tasks = make_tasks(("segmentation", "depth"), dataset.info.classes, dataset.info.depth)
+    assert set(metric_names(tasks)) == evaluated(make_config()).metrics.keys()
+
+
+def test_an_empty_split_is_refused_by_name(make_config: MakeConfig, dataset: PreparedDataset) -> None:
+    split = dataset.split("val")
+    split.keys.clear()
+    with pytest.raises(InputError, match=f"{dataset.root}: the split 'val' has no samples"):
+        eval_loader(make_config(), split, CPU)
+
+
 def test_constant_predictor_has_the_figures_that_counting_gives(
     dataset: PreparedDataset, make_config: MakeConfig
 ) -> None:
@@ -86,11 +102,12 @@ def test_a_class_that_never_occurs_is_null_in_json() -> None:
 
 
 def test_evaluate_command_on_a_run_and_on_a_file(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = make_config("epochs=1")
     metrics = train(config)
-    run_dir = Path(config.run_dir)
+    (tmp_path / "[").mkdir()
+    run_dir = Path(config.run_dir).rename(tmp_path / "[" / "b] #1 ${x}")  # [/b] is markup to rich
     for path in (run_dir, run_dir / "checkpoints" / "best.pt"):
         (run_dir / "evaluation-val.json").unlink(missing_ok=True)
         monkeypatch.setattr(sys, "argv", ["evaluate", str(path), "--split", "val"])
@@ -98,6 +115,24 @@ def test_evaluate_command_on_a_run_and_on_a_file(
         assert "IoU box" in capsys.readouterr().out
         written = json.loads((run_dir / "evaluation-val.json").read_text())
         assert written["trained"]["metrics"] == pytest.approx(metrics)
+        assert written["constant"]["samples"] == 5
+
+
+def test_evaluate_without_the_training_split_has_no_constant_to_compare_with(
+    make_config: MakeConfig, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config("epochs=1")
+    train(config)
+    elsewhere = tmp_path / "only_val"
+    shutil.copytree(prepared, elsewhere)
+    info = json.loads((elsewhere / "dataset.json").read_text())
+    del info["splits"]["train"]
+    (elsewhere / "dataset.json").write_text(json.dumps(info))
+    monkeypatch.setattr(sys, "argv", ["evaluate", config.run_dir, f"data.root={elsewhere}"])
+    evaluation.main()
+    written = json.loads((Path(config.run_dir) / "evaluation-val.json").read_text())
+    assert written["trained"]["samples"] == 5
+    assert "constant" not in written
 
 
 def test_predict_writes_label_depth_and_preview_at_the_images_own_size(
@@ -117,3 +152,24 @@ def test_predict_writes_label_depth_and_preview_at_the_images_own_size(
     assert set(np.unique(np.asarray(label))) <= {0, 1, 2}
     assert np.asarray(depth).min() >= 1
     assert {p.name for p in out.iterdir()} == {f"{s}.{k}.png" for s in "ab" for k in ("label", "depth", "preview")}
+
+
+def test_predict_on_a_cpu_what_was_trained_on_a_gpu(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = make_config("epochs=1")
+    train(config)
+    file = checkpoint.resolve(Path(config.run_dir))
+    state = checkpoint.load(file)
+    torch.save({**state, "config": to_yaml(dataclasses.replace(config, device="cuda"))}, tmp_path / "cuda.pt")
+    Image.fromarray(np.full((40, 60, 3), 40, dtype=np.uint8)).save(tmp_path / "a.png")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    words = ["predict", str(tmp_path / "cuda.pt"), str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]
+    for device in ([], ["--device", "cpu"]):
+        monkeypatch.setattr(sys, "argv", [*words, *device])
+        prediction.main()
+        (tmp_path / "out" / "a.label.png").unlink()
+    monkeypatch.setattr(sys, "argv", [*words, "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        prediction.main()
+    assert not (tmp_path / "out" / "a.label.png").exists()

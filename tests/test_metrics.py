@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtunet_dist.metrics import DepthMetric, SegmentationMetric
+from mtunet_dist.metrics import DepthMetric, SegmentationMetric, higher_is_better
 from mtunet_dist.schema import VOID
 
 CLASSES = 4
@@ -179,6 +179,12 @@ def test_low_precision_inputs_and_channels_last_count_the_same() -> None:
     a.update(scores, label)
     b.update(scores.float().contiguous(memory_format=torch.channels_last), label)
     assert a.compute() == b.compute()
+
+
+def test_shares_are_to_be_high_and_errors_low() -> None:
+    names = {*SegmentationMetric(CLASSES, "cpu").compute(), *DepthMetric("cpu").compute(), "loss/depth"}
+    high = {"miou", "accuracy", "legacy/miou", "legacy/accuracy", "depth_delta1"}
+    assert {name for name in names if higher_is_better(name)} == high
 
 
 def test_update_never_waits_for_the_device() -> None:

@@ -88,5 +88,8 @@ def test_a_model_that_does_not_fit_the_data_is_refused_before_work() -> None:
     with pytest.raises(InputError, match="30x48"):
         check_model(good, 30, 48)
     wrong = make_step(MTUNet({"segmentation": 5, "depth": 1}, widths=(4, 4, 4, 4), bottleneck=4))
+    lacking = make_step(MTUNet({"segmentation": 3}, widths=(4, 4, 4, 4), bottleneck=4))
+    with pytest.raises(InputError, match=r"no output for task 'depth', only for: segmentation"):
+        check_model(lacking, 32, 48)
     with pytest.raises(InputError, match=r"'segmentation' has shape \(2, 5, 32, 48\) instead of \(2, 3, 32, 48\)"):
         check_model(wrong, 32, 48)

@@ -35,7 +35,6 @@ def sweep_file(tmp_path: Path, overrides: list[str]) -> Path:
         "overrides": base,
         "space": {"optim.lr": {"grid": [1e-3, 1e30, 1e-2]}},
         "metric": "depth_abs",
-        "mode": "min",
         "max_concurrent": 1,
     }
     file = tmp_path / "sweep.yaml"
@@ -112,7 +111,8 @@ def test_asha_needs_something_to_compare(sweep_file: Path, words: list[str], exp
 
 
 def trial(id: str, status: str, value: float | None, **more: Any) -> Trial:
-    return Trial(id, status, {"optim.lr": 1e-3}, 1, {} if value is None else {"depth_abs": value}, **more)
+    metrics = {} if value is None else {"depth_abs": value, "miou": value}
+    return Trial(id, status, {"optim.lr": 1e-3}, 1, metrics, **more)
 
 
 def test_the_best_is_the_best_finished_trial(sweep_file: Path) -> None:
@@ -126,7 +126,7 @@ def test_the_best_is_the_best_finished_trial(sweep_file: Path) -> None:
     ]
     assert [t.id for t in ranked(trials, sweep)] == ["2", "4", "0", "1", "3"]
     assert best_of(trials, sweep).id == "4"
-    assert best_of(trials, dataclasses.replace(sweep, mode="max")).id == "0"
+    assert best_of(trials, dataclasses.replace(sweep, metric="miou")).id == "0"
     assert best_of(trials[1:4], sweep).id == "2"
     with pytest.raises(MTUNetError, match="InputError: bad"):
         best_of([trials[1], trials[3]], sweep)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fcntl
-import json
 import math
 import os
 import shutil
@@ -22,8 +21,9 @@ import torch
 import yaml
 from rich.console import Console
 
+from mtunet_dist.config import to_yaml
 from mtunet_dist.errors import InputError, command
-from sweep_config import Sweep, check_trials, find_config, load_sweep, metric_names
+from sweep_config import Sweep, check_trials, find_config, load_sweep, metrics_of
 from sweep_ray import local_ray, make_tuner, outcome
 from sweep_report import report
 
@@ -50,8 +50,7 @@ def opened(sweep: Sweep, config: Path) -> Iterator[Path]:
         else:
             shutil.copyfile(config, base)
             temporary = file.with_suffix(".tmp")
-            plain = json.loads(json.dumps(dataclasses.asdict(sweep)))
-            temporary.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+            temporary.write_text(to_yaml(sweep), encoding="utf-8")
             temporary.replace(file)
         yield base
 
@@ -81,7 +80,7 @@ def run(sweep: Sweep, config: Path) -> None:
         try:
             with local_ray():
                 results = make_tuner(sweep, base, max(c.epochs for c in configs)).fit()
-                trials = [outcome(result, metric_names(configs[0])) for result in results]
+                trials = [outcome(result, metrics_of(configs[0])) for result in results]
         except KeyboardInterrupt:
             print("interrupted; the same command continues", file=sys.stderr, flush=True)
             raise

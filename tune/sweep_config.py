@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from mtunet_dist.config import Config, load_as, load_config
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError, closest
+from mtunet_dist.evaluate import metric_names
+from mtunet_dist.metrics import higher_is_better
 from mtunet_dist.multitask import make_tasks
 
 
@@ -26,8 +26,7 @@ class Sweep:
     run_dir: str  # the folder of the sweep; the same command resumes what it holds
     config: str  # the config that all trials start from; relative to the sweep file or to the working folder
     space: dict[str, Any]  # config key -> one of choice, grid, uniform, loguniform: see Dimension
-    metric: str  # a metric of the evaluation, as in metrics.jsonl
-    mode: Literal["max", "min"]
+    metric: str  # a metric of the evaluation, as in metrics.jsonl; shares (miou) are to be high, errors low
     overrides: tuple[str, ...] = ()  # key=value for all trials
     trials: int = 1  # samples of the space; each grid multiplies them
     scheduler: Literal["none", "asha"] = "none"  # asha stops trials that are worse than others at the same epoch
@@ -42,6 +41,11 @@ class Sweep:
     def dir(self) -> Path:
         """The folder of the sweep."""
         return Path(self.run_dir)
+
+    @property
+    def mode(self) -> Literal["max", "min"]:
+        """Which values of the metric are the best."""
+        return "max" if higher_is_better(self.metric) else "min"
 
     @property
     def dimensions(self) -> dict[str, Dimension]:
@@ -96,9 +100,9 @@ def find_config(sweep: Sweep, sweep_file: Path) -> Path:
 
 def trial_config(sweep: Sweep, base: Path, parameters: Mapping[str, Any], run_dir: Path) -> Config:
     """The whole config of the trial with these ``parameters`` (config key -> value)."""
-    # JSON is YAML, and writes floats so that they read back equal.
-    words = [f"{key}={json.dumps(value)}" for key, value in parameters.items()]
-    return load_config(base, [*sweep.overrides, *words, f"run_dir={json.dumps(str(run_dir))}"])
+    # JSON is YAML, and writes floats so that they read back equal; a string is taken as it stands.
+    words = [f"{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in parameters.items()]
+    return load_config(base, [*sweep.overrides, *words, f"run_dir={run_dir}"])
 
 
 def steps_per_epoch(config: Config) -> int:
@@ -108,11 +112,10 @@ def steps_per_epoch(config: Config) -> int:
     return order.steps_per_epoch
 
 
-def metric_names(config: Config) -> list[str]:
+def metrics_of(config: Config) -> list[str]:
     """The metrics that an evaluation of ``config`` gives."""
     info = PreparedDataset(Path(config.data.root)).info
-    tasks = make_tasks(config.tasks, info.classes, info.depth)
-    return [name for task in tasks for name in task.metric(torch.device("cpu")).compute()]
+    return metric_names(make_tasks(config.tasks, info.classes, info.depth))
 
 
 def check_trials(sweep: Sweep, base: Path) -> list[Config]:
@@ -134,7 +137,7 @@ def check_trials(sweep: Sweep, base: Path) -> list[Config]:
                 raise InputError(f"a trial with {words}: {error}") from None
             configs.append(config)
     for config in {(c.data.root, c.tasks): c for c in configs}.values():
-        if sweep.metric not in (names := metric_names(config)):
+        if sweep.metric not in (names := metrics_of(config)):
             near = closest(sweep.metric, names)
             raise InputError(f"metric={sweep.metric} is no metric.{near} Available: {', '.join(names)}")
     if sweep.scheduler == "asha":
