@@ -159,7 +159,9 @@ def main() -> None:
         step = load_step(state, config, device)
         loader = eval_loader(config, dataset.split(name), device)
         trained = evaluate(step, loader, device)
-        constant = evaluate(ConstantPredictor(step.tasks, dataset.split(config.data.train)), loader, device)
+        train_split = dataset.split(config.data.train)
+        constant_predictor = ConstantPredictor(step.tasks, train_split, config.data.on_error)
+        constant = evaluate(constant_predictor, loader, device)
         if distributed.is_main():
             title = f"{file}, step {state['step']}, on {name} ({trained.samples} samples)"
             Console().print(table(title, {"trained": trained, "best constant": constant}))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance
 
-from mtunet_dist.config import AugmentConfig, DataConfig
+from mtunet_dist.config import AugmentConfig, DataConfig, load_config
 from mtunet_dist.data.augmentation import Augmentation, Draw
 from mtunet_dist.data.batch import Pixels
 from mtunet_dist.data.color import color_map
@@ -19,6 +19,7 @@ from mtunet_dist.data.loader import make_augmentation, make_loader
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.data.torch_augmentation import augmented
+from mtunet_dist.errors import InputError
 
 CPU = torch.device("cpu")
 EVERYTHING = {
@@ -166,6 +167,23 @@ def test_order_of_the_colour_changes_is_brightness_contrast_saturation_hue() -> 
     for part in parts:
         whole = np.vstack([np.reshape(color_map(*part), (3, 4)), [0, 0, 0, 1]]) @ whole
     np.testing.assert_allclose(np.reshape(color_map(1.3, 0.6, 1.4, 0.1), (3, 4)), whole[:3], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.augment.hue=0.6", ["data.augment.hue=0.6", "at most 0.5"]),
+        ("data.augment.brightness=-1", ["data.augment.brightness=-1", "negative"]),
+        ("data.augment.contrast=dark", ["contrast", "dark"]),
+        ("data.dali.hw_decoder_load=2", ["data.dali.hw_decoder_load=2", "at most 1"]),
+        ("data.cache=disk", ["disk", "host", "device"]),
+        ("data.on_error=ignore", ["ignore", "skip"]),
+    ],
+)
+def test_wrong_settings_are_refused(override: str, words: list[str]) -> None:
+    with pytest.raises(InputError) as error:
+        load_config(None, ["run_dir=r", "data.root=d", override])
+    assert all(word in str(error.value) for word in words)
 
 
 def test_config_that_augments_nothing_makes_no_augmentation(dataset: PreparedDataset) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,24 +129,31 @@ def _rank(rank: int, prepared: Path, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_what_does_not_fit_is_refused_on_all_ranks_with_needed_and_free_bytes(prepared: Path, tmp_path: Path) -> None:
-    mp.spawn(_rank_without_memory, args=(prepared, tmp_path), nprocs=2)
+def test_what_does_not_fit_or_decode_is_refused_on_all_ranks(prepared: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(prepared, tmp_path / "broken")
+    shard = broken / "train-00001.tar"  # samples 4 to 7, two for each rank
+    shard.write_bytes(bytes(shard.stat().st_size))
+    mp.spawn(_refused_rank, args=(prepared, broken, tmp_path), nprocs=2)
     needed = 12 * 32 * 48 * 6
     for rank in range(2):
-        message = (tmp_path / f"{rank}.txt").read_text()
-        assert "data.cache=host for 12 samples of the split 'train'" in message
-        assert f"needs {needed:,} bytes" in message
-        assert f"{needed:,} are free" in message
+        too_large, corrupt = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert "data.cache=host for 12 samples of the split 'train'" in too_large
+        assert f"needs {needed:,} bytes" in too_large
+        assert f"{needed:,} are free" in too_large
+        assert "rgb of 004 in" in corrupt
 
 
-def _rank_without_memory(rank: int, prepared: Path, folder: Path) -> None:
+def _refused_rank(rank: int, prepared: Path, broken: Path, folder: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
     free = 12 * 32 * 48 * 6 if rank == 0 else 1 << 40  # rank 0 is the one that asks; nothing is to spare
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError) as error:
-        patch.setattr(node_memory, "free_memory", lambda: free)
-        order = TrainOrder(12, batch_size=4, rank=rank, world_size=2)
-        make_loader(DataConfig(root="", cache="host"), PreparedDataset(prepared).split("train"), order, CPU)
-    (folder / f"{rank}.txt").write_text(str(error.value))
+    order = TrainOrder(12, batch_size=4, rank=rank, world_size=2)
+    messages = []
+    for root, memory in ((prepared, free), (broken, 1 << 40)):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError) as error:
+            patch.setattr(node_memory, "free_memory", lambda memory=memory: memory)
+            make_loader(DataConfig(root="", cache="host"), PreparedDataset(root).split("train"), order, CPU)
+        messages.append(str(error.value))
+    (folder / f"{rank}.json").write_text(json.dumps(messages))
     torch.distributed.destroy_process_group()
 
 
