@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtunet_dist.data.broken import OnError
 from mtunet_dist.data.prepared import PreparedSplit
+from mtunet_dist.errors import InputError
 from mtunet_dist.multitask import Depth, Segmentation, Task
 from mtunet_dist.schema import VOID
 
@@ -18,15 +20,21 @@ MAX_SAMPLES = 500
 class ConstantPredictor:
     """Predicts one class and one depth everywhere: the most frequent and the median of the training split.
 
-    Both are taken from at most ``MAX_SAMPLES`` evenly spaced samples, so a large set costs seconds.
+    Both are taken from at most ``MAX_SAMPLES`` evenly spaced samples, so a large set costs seconds. One that cannot
+    be decoded raises InputError, or with ``on_error`` ``skip`` is left out.
     """
 
-    def __init__(self, tasks: Sequence[Task], train: PreparedSplit) -> None:
+    def __init__(self, tasks: Sequence[Task], train: PreparedSplit, on_error: OnError = "stop") -> None:
         self.tasks = list(tasks)
         class_pixels = np.zeros(256, dtype=np.int64)
         depth_pixels = np.zeros(1 << 16, dtype=np.int64)
         for i in train.spread(MAX_SAMPLES):
-            raw = train.decode(i)
+            try:
+                raw = train.decode(i)
+            except InputError:
+                if on_error == "stop":
+                    raise
+                continue
             class_pixels += np.bincount(raw.label.reshape(-1), minlength=256)
             depth_pixels += np.bincount(raw.depth.reshape(-1), minlength=1 << 16)
         class_pixels[VOID] = depth_pixels[0] = 0

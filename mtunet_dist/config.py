@@ -37,6 +37,19 @@ class AugmentConfig:
 
     flip: bool = False  # horizontally, with probability 1/2
     scales: tuple[float, ...] = (1.0,)  # zoom in by one of these at random, crop back to size; depth follows
+    # Colours of the image; ranges as in torchvision's ColorJitter, arithmetic in data/color.py; 0 = off.
+    brightness: float = 0.0  # factor from [max(0, 1 - x), 1 + x]
+    contrast: float = 0.0  # likewise, about mid-grey
+    saturation: float = 0.0  # likewise
+    hue: float = 0.0  # turn of the colour circle from [-x, x]; at most 0.5
+
+
+@dataclass(frozen=True)
+class DaliConfig:
+    """Where DALI decodes on a GPU. Buffer sizes are not asked for: they follow from the size of the images."""
+
+    hw_decoder_load: float = 0.65  # share of JPEGs for the GPU's JPEG engine, where it has one; the rest on its cores
+    affinity: bool = False  # bind decoding threads to the CPU cores nearest to the GPU
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,13 @@ class DataConfig:
     loader: Literal["dali", "torch"] = "dali"
     threads: int = 2  # decoding threads (dali) or worker processes (torch) per rank
     prefetch: int = 2  # batches in flight per rank
+    # Decode once and keep the pixels, 6 bytes each, in memory that a node's ranks share, or on each rank's device.
+    # Decodes with PIL whatever the loader is; augmentation stays per step.
+    cache: Literal["none", "host", "device"] = "none"
+    on_error: Literal["stop", "skip"] = (
+        "stop"  # when a sample cannot be decoded; skip: warn, count, learn nothing of it
+    )
+    dali: DaliConfig = field(default_factory=DaliConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
@@ -353,6 +373,11 @@ def _check(config: Config) -> None:
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "log.pictures": config.log.pictures,
         "seed": config.seed,
+        "data.augment.brightness": config.data.augment.brightness,
+        "data.augment.contrast": config.data.augment.contrast,
+        "data.augment.saturation": config.data.augment.saturation,
+        "data.augment.hue": config.data.augment.hue,
+        "data.dali.hw_decoder_load": config.data.dali.hw_decoder_load,
         "optim.clip_norm": config.optim.clip_norm,
         "optim.warmup_epochs": config.optim.warmup_epochs,
         "optim.weight_decay": config.optim.weight_decay,
@@ -378,3 +403,9 @@ def _check(config: Config) -> None:
         raise InputError(f"tasks={list(config.tasks)} must be one or more different names of: {', '.join(TASKS)}")
     if not config.data.augment.scales or min(config.data.augment.scales) < 1:
         raise InputError(f"data.augment.scales={list(config.data.augment.scales)} must be one or more numbers >= 1")
+    for key, value, most in (
+        ("data.augment.hue", config.data.augment.hue, 0.5),
+        ("data.dali.hw_decoder_load", config.data.dali.hw_decoder_load, 1.0),
+    ):
+        if not value <= most:
+            raise InputError(f"{key}={value} must be at most {most}")

@@ -175,7 +175,7 @@ def main() -> None:
         loader = eval_loader(config, dataset.split(name), device)
         results = {"trained": evaluate(step, loader, device)}
         if set(config.data.train.split("+")) <= dataset.info.splits.keys():  # a dataset for tests may have none
-            constant = ConstantPredictor(step.tasks, dataset.split(config.data.train))
+            constant = ConstantPredictor(step.tasks, dataset.split(config.data.train), config.data.on_error)
             results["constant"] = evaluate(constant, loader, device)
         if distributed.is_main():
             title = f"{file}, step {state['step']}, on {name} ({results['trained'].samples} samples)"

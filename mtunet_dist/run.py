@@ -17,8 +17,7 @@ from torch import Tensor
 
 from mtunet_dist import checkpoint, distributed, plugins, tracking
 from mtunet_dist.config import Config, config_from_text, flat, save_config, to_yaml
-from mtunet_dist.data.augmentation import Augmentation
-from mtunet_dist.data.loader import Loader, make_loader
+from mtunet_dist.data.loader import Loader, make_augmentation, make_loader
 from mtunet_dist.data.order import EvalOrder, TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset, PreparedSplit
 from mtunet_dist.data.torch_loader import TorchLoader
@@ -27,8 +26,8 @@ from mtunet_dist.evaluate import eval_loader
 from mtunet_dist.multitask import Batch, MultiTaskStep, build_step, check_model
 from mtunet_dist.strategies._strategy import Strategy
 
-# What may differ between a checkpoint and the run that continues it: none of it changes what is learned,
-# or (epochs) the user means it to.
+# What may differ between a checkpoint and the run that continues it: none of it changes what is learned beyond
+# rounding (loader, cache and device may differ by one level of RGB), or (epochs, on_error) the user means it to.
 MAY_CHANGE = (
     "run_dir",
     "data.root",
@@ -36,6 +35,9 @@ MAY_CHANGE = (
     "data.loader",
     "data.threads",
     "data.prefetch",
+    "data.cache",
+    "data.on_error",
+    "data.dali",
     "strategy",
     "epochs",
     "eval_batch_size",
@@ -143,12 +145,7 @@ def _build(config: Config, device: torch.device) -> Run:
         world_size=distributed.world_size(),
         seed=config.seed,
     )
-    augment = config.data.augment
-    augmentation = None
-    if augment.flip or any(scale != 1.0 for scale in augment.scales):
-        augmentation = Augmentation(
-            info.height, info.width, info.depth.kind, flip=augment.flip, scales=augment.scales, seed=config.seed
-        )
+    augmentation = make_augmentation(config.data.augment, info, config.seed)
     torch.manual_seed(config.seed)  # the same initial weights everywhere
     step = build_step(config, info.classes, info.depth)
     check_model(step, info.height, info.width)
@@ -160,7 +157,9 @@ def _build(config: Config, device: torch.device) -> Run:
     picture_batch = None
     if config.log.pictures and distributed.is_main():
         count = min(config.log.pictures, len(eval_split))
-        picture_batch = next(TorchLoader(eval_split, EvalOrder(count, batch_size=count), device).batches())
+        order_of_pictures = EvalOrder(count, batch_size=count)
+        loader = TorchLoader(eval_split, order_of_pictures, device, on_error=config.data.on_error)
+        picture_batch = next(loader.batches())
     return Run(
         config=config,
         device=device,

@@ -124,6 +124,11 @@ class Tracker:
         yield
         self.paused_s += time.perf_counter() - start
 
+    def flush(self) -> None:
+        """Bring everything to disk: a resumed run writes only what lies beyond its checkpoint."""
+        if self.main:
+            self.board.flush()
+
     def close(self) -> None:
         """Write out everything and end the progress bar."""
         if self.main:

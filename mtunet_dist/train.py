@@ -21,6 +21,7 @@ from mtunet_dist import run as runs
 from mtunet_dist.config import Config, load_config
 from mtunet_dist.errors import NonFiniteLossError, command
 from mtunet_dist.evaluate import evaluate
+from mtunet_dist.metrics import higher_is_better
 from mtunet_dist.multitask import Batch, share_valid_counts
 from mtunet_dist.run import Run
 from mtunet_dist.tracking import StepReport, Tracker
@@ -80,6 +81,7 @@ def _loop(run: Run, tracker: Tracker, on_eval: OnEval | None) -> None:
                 if on_eval is not None:
                     on_eval(run.step, run.metrics)
             if save or best or last:
+                tracker.flush()
                 runs.save(run, best=best)
 
 
@@ -134,7 +136,7 @@ def _evaluate(run: Run, tracker: Tracker) -> bool:
         Image.fromarray(sheet).save(run.dir / "pictures" / "latest.png")
     name = run.config.checkpoint.best
     value = result.metrics[name]
-    sign = 1 if name.endswith(("miou", "accuracy", "delta1")) else -1  # the others are errors
+    sign = 1 if higher_is_better(name) else -1
     if math.isnan(value) or (run.best is not None and sign * value <= sign * run.best):
         return False
     run.best = value

@@ -11,10 +11,12 @@ from typing import Literal
 
 import numpy as np
 
+from mtunet_dist.data.color import ColorMap, color_map
+
 
 @dataclass(frozen=True)
 class Draw:
-    """What happens to one sample: crop this window, resize it back to full size, then perhaps flip."""
+    """What happens to one sample: crop this window, resize it back to full size, change colours, perhaps flip."""
 
     top: int
     left: int
@@ -22,13 +24,15 @@ class Draw:
     width: int
     depth_factor: float  # multiplies depth: zooming in by s brings a scene s times closer
     flip: bool
+    color: ColorMap | None = None  # of the image alone; None changes nothing
 
 
 class Augmentation:
     """Draws for images of ``height`` x ``width``.
 
     ``depth_kind`` decides how depth follows a zoom by s: metric depth is divided by s, inverse depth (disparity)
-    multiplied, as in MTAN's RandomScaleCrop.
+    multiplied, as in MTAN's RandomScaleCrop. ``brightness``, ``contrast`` and ``saturation`` are factors drawn from
+    [max(0, 1 - x), 1 + x], ``hue`` a turn of the colour circle from [-x, x]; 0 is off. ``color.py`` says what they do.
     """
 
     def __init__(
@@ -39,15 +43,30 @@ class Augmentation:
         *,
         flip: bool = False,
         scales: Sequence[float] = (1.0,),
+        brightness: float = 0.0,
+        contrast: float = 0.0,
+        saturation: float = 0.0,
+        hue: float = 0.0,
         seed: int = 0,
     ) -> None:
         self.height, self.width, self.depth_kind = height, width, depth_kind
         self.flip, self.scales, self.seed = flip, tuple(scales), seed
+        self.factors, self.hue = (brightness, contrast, saturation), hue
 
     @property
     def zooms(self) -> bool:
         """Whether any draw can crop."""
         return any(scale != 1.0 for scale in self.scales)
+
+    @property
+    def colors(self) -> bool:
+        """Whether draws change colours."""
+        return any(self.factors) or bool(self.hue)
+
+    @property
+    def changes(self) -> bool:
+        """Whether any draw can change anything."""
+        return self.flip or self.zooms or self.colors
 
     def draw(self, epoch: int, sample: int) -> Draw:
         """The augmentation of ``sample`` in ``epoch``."""
@@ -60,4 +79,10 @@ class Augmentation:
         left = int(random.integers(self.width - width + 1))
         flip = bool(random.random() < 0.5) and self.flip
         factor = 1.0 / scale if self.depth_kind == "metric" else scale
-        return Draw(top, left, height, width, factor, flip)
+        # Colours come last, and always all four, so that switching one on leaves everything else as it was.
+        color = self._color(random) if self.colors else None
+        return Draw(top, left, height, width, factor, flip, color)
+
+    def _color(self, random: np.random.Generator) -> ColorMap:
+        brightness, contrast, saturation = (random.uniform(max(0.0, 1.0 - x), 1.0 + x) for x in self.factors)
+        return color_map(brightness, contrast, saturation, random.uniform(-self.hue, self.hue))

@@ -6,6 +6,8 @@ together with the numbers of its augmentation, so order and randomness are ours 
 
 from __future__ import annotations
 
+import functools
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,12 +15,19 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
+from PIL import Image
 
+from mtunet_dist.config import DaliConfig
 from mtunet_dist.data.augmentation import Augmentation
-from mtunet_dist.data.batch import as_batch, name_broken_sample
+from mtunet_dist.data.batch import as_batch, depth_scales, draws_of
+from mtunet_dist.data.broken import BrokenSamples, OnError, stand_ins
 from mtunet_dist.data.order import Order
 from mtunet_dist.data.prepared import PreparedSplit
 from mtunet_dist.multitask import Batch
+from mtunet_dist.schema import VOID
+
+OUTPUTS = ["image", "label", "depth", "depth_scale", "sample"]
+JPEG_BYTES_PER_PIXEL = 12  # what nvJPEG needs between bits and RGB: three planes of int16 coefficients and of pixels
 
 
 class DaliLoader:
@@ -33,44 +42,60 @@ class DaliLoader:
         *,
         threads: int = 2,
         prefetch: int = 2,
+        on_error: OnError = "stop",
+        settings: DaliConfig | None = None,
     ) -> None:
         self.split, self.order, self.device, self.augmentation = split, order, device, augmentation
-        self.threads, self.prefetch = threads, prefetch
+        self.threads, self.prefetch, self.settings = threads, prefetch, settings or DaliConfig()
+        self.broken = BrokenSamples(on_error)
+
+    @property
+    def skipped(self) -> int:
+        """See ``Loader.skipped``."""
+        return self.broken.skipped
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Batches ``start``, ``start`` + 1, ... of the order; see ``Loader.batches``."""
         if self.order.batches is not None and start >= self.order.batches:
             return
-        names = ["image", "label", "depth", "depth_scale", "sample"]
-        iterator = DALIGenericIterator(self._pipeline(start), names, auto_reset=False, prepare_first_batch=False)
         index = start
+        iterator = self._iterator(index)
         while True:
             try:
                 (out,) = next(iterator)
             except StopIteration:
                 return
             except RuntimeError:
-                # DALI's message does not say which sample it was.
-                name_broken_sample(self.split, self.order.plan(index))
-                raise
-            yield as_batch(*(out[name] for name in names))
+                # DALI's message does not say which sample it was; if none was, the error is DALI's own.
+                if not self.broken.search(self.split, self.order.plan(index).samples):
+                    raise
+                # An iterator that met an error ends early. The new one puts a stand-in where the broken sample was.
+                iterator = self._iterator(index)
+                continue
+            if self.broken.positions:
+                self.broken.count(self.order.plan(index).samples)
+            image, label, depth, depth_scale, sample = (out[name] for name in OUTPUTS)
+            yield as_batch(image, label.squeeze(3), depth.squeeze(3), depth_scale, sample)
             index += 1
 
-    def _pipeline(self, start: int) -> Any:
+    def _iterator(self, start: int) -> Any:
+        augmentation, info = self.augmentation, self.split.info
         on_gpu = self.device.type == "cuda"
         pipeline = pipeline_def(_graph)(
             self._source(start),
-            size=(self.split.info.height, self.split.info.width),
-            zooms=self.augmentation is not None and self.augmentation.zooms,
-            flips=self.augmentation is not None and self.augmentation.flip,
-            on_gpu=on_gpu,
+            size=(info.height, info.width),
+            zooms=augmentation is not None and augmentation.zooms,
+            colors=augmentation is not None and augmentation.colors,
+            flips=augmentation is not None and augmentation.flip,
+            mixed=_mixed_options(info.height, info.width, self.settings) if on_gpu else None,
             batch_size=len(self.order.plan(start).samples),
             num_threads=self.threads,
             device_id=self.device.index if on_gpu else None,
+            set_affinity=on_gpu and self.settings.affinity,
             prefetch_queue_depth=self.prefetch,
         )
         pipeline.build()
-        return pipeline
+        return DALIGenericIterator(pipeline, OUTPUTS, auto_reset=False, prepare_first_batch=False)
 
     def _source(self, start: int) -> Callable[[types.BatchInfo], list[list[np.ndarray]]]:
         """What DALI calls for each batch: encoded parts, depth scales, positions, and what the augmentation needs."""
@@ -81,50 +106,97 @@ class DaliLoader:
             if self.order.batches is not None and index >= self.order.batches:
                 raise StopIteration
             plan = self.order.plan(index)
-            parts = zip(*(self.split.parts(i) for i in plan.samples), strict=True)
-            columns = [list(column) for column in parts]
-            positions = [np.array(i, dtype=np.int64) for i in plan.samples]
-            if augmentation is None:
-                return [*columns, [np.array(scale, dtype=np.float32)] * len(positions), positions]
-            draws = [augmentation.draw(plan.epoch, int(i)) for i in plan.samples]
-            columns += [[np.array(scale * d.depth_factor, dtype=np.float32) for d in draws], positions]
-            if augmentation.zooms:
+            draws = draws_of(plan, augmentation)
+            columns = self._parts(plan.samples)
+            columns += [list(map(np.asarray, x)) for x in (depth_scales(plan, draws, scale), plan.samples)]
+            if augmentation is not None and augmentation.zooms:
                 columns += [[np.array([d.top, d.left]) for d in draws], [np.array([d.height, d.width]) for d in draws]]
-            if augmentation.flip:
+            if augmentation is not None and augmentation.colors:
+                columns += [[np.array(d.color, dtype=np.float32).reshape(3, 4) for d in draws]]
+            if augmentation is not None and augmentation.flip:
                 columns += [[np.array(d.flip, dtype=np.int32) for d in draws]]
             return columns
 
         return batch
 
+    def _parts(self, samples: np.ndarray) -> list[list[np.ndarray]]:
+        """Encoded images, labels and depths of ``samples``, with stand-ins for those known to be broken."""
+        rows = []
+        for i, shown in zip(samples.tolist(), stand_ins(samples, self.broken.positions).tolist(), strict=True):
+            if i not in self.broken.positions:
+                rows.append(self.split.parts(i))
+            else:
+                black, void, no_depth = _blank(self.split.info.height, self.split.info.width)
+                rows.append((black if shown == i else self.split.parts(shown)[0], void, no_depth))
+        return [list(column) for column in zip(*rows, strict=True)]
 
-def _graph(source: Any, *, size: tuple[int, int], zooms: bool, flips: bool, on_gpu: bool) -> tuple[Any, ...]:
-    columns = fn.external_source(source=source, num_outputs=5 + 2 * zooms + flips, batch=True, batch_info=True)
+
+def _graph(
+    source: Any, *, size: tuple[int, int], zooms: bool, colors: bool, flips: bool, mixed: dict[str, Any] | None
+) -> tuple[Any, ...]:
+    count = len(OUTPUTS) + 2 * zooms + colors + flips
+    columns = fn.external_source(source=source, num_outputs=count, batch=True, batch_info=True)
     rgb, label, depth, depth_scale, position, *draws = columns
     # Stored orientation is the truth (no EXIF rotation). PNGs decode on the CPU only, JPEGs on the GPU where
     # there is one; its chroma upsampling is told to be the CPU's.
     image = fn.decoders.image(
         rgb,
-        device="mixed" if on_gpu else "cpu",
+        device="cpu" if mixed is None else "mixed",
         output_type=types.RGB,
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,
+        **(mixed or {}),
     )
     label = fn.decoders.image(label, output_type=types.GRAY, adjust_orientation=False)
     depth = fn.decoders.image(depth, output_type=types.GRAY, dtype=types.UINT16, adjust_orientation=False)
-    if on_gpu:
+    if mixed is not None:
         label, depth, depth_scale, position = label.gpu(), depth.gpu(), depth_scale.gpu(), position.gpu()
     depth = fn.cast(depth, dtype=types.FLOAT)
     if zooms:
         start, window, *draws = draws
-        image = _zoomed(image, start, window, size, types.INTERP_LINEAR)
-        label = _zoomed(label, start, window, size, types.INTERP_NN)
-        depth = _zoomed(depth, start, window, size, types.INTERP_NN)
+        # Rounding waits until the colours are done: they would magnify its error.
+        image = _zoomed(image, start, window, size, types.INTERP_LINEAR, types.FLOAT if colors else types.UINT8)
+        label = _zoomed(label, start, window, size, types.INTERP_NN, types.UINT8)
+        depth = _zoomed(depth, start, window, size, types.INTERP_NN, types.FLOAT)
+    if colors:
+        color, *draws = draws
+        image = fn.cast(fn.coord_transform(image, MT=color, dtype=types.FLOAT), dtype=types.UINT8)
     if flips:
         image, label, depth = (fn.flip(x, horizontal=draws[0]) for x in (image, label, depth))
     return image, label, depth, depth_scale, position
 
 
-def _zoomed(x: Any, start: Any, window: Any, size: tuple[int, int], interpolation: Any) -> Any:
+def _zoomed(x: Any, start: Any, window: Any, size: tuple[int, int], interpolation: Any, dtype: Any) -> Any:
     """Cut out the window, then resize: a resize with a region of interest would blend in pixels around it."""
     cut = fn.slice(x, start, window, axes=(0, 1), normalized_anchor=False, normalized_shape=False)
-    return fn.resize(cut, size=size, interp_type=interpolation, antialias=False)
+    return fn.resize(cut, size=size, interp_type=interpolation, antialias=False, dtype=dtype)
+
+
+def _mixed_options(height: int, width: int, settings: DaliConfig) -> dict[str, Any]:
+    """Options of the decoder that exist on a GPU only. All images have one size, so its buffers are made to fit at
+    once; the defaults, 32 MiB per thread, are for sizes unknown."""
+    padding = JPEG_BYTES_PER_PIXEL * height * width
+    return {
+        "hw_decoder_load": settings.hw_decoder_load,
+        "affine": settings.affinity,
+        "device_memory_padding": padding,
+        "host_memory_padding": padding,
+        "preallocate_height_hint": height,
+        "preallocate_width_hint": width,
+    }
+
+
+@functools.cache
+def _blank(height: int, width: int) -> tuple[np.ndarray, ...]:
+    """An encoded black image, a label all VOID and a depth all invalid."""
+    pixels = (
+        np.zeros((height, width, 3), dtype=np.uint8),
+        np.full((height, width), VOID, dtype=np.uint8),
+        np.zeros((height, width), dtype=np.uint16),
+    )
+    encoded = []
+    for x in pixels:
+        file = io.BytesIO()
+        Image.fromarray(x).save(file, "PNG")
+        encoded.append(np.frombuffer(file.getvalue(), dtype=np.uint8))
+    return tuple(encoded)

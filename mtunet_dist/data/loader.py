@@ -7,20 +7,25 @@ from typing import Protocol
 
 import torch
 
-from mtunet_dist.config import DataConfig
+from mtunet_dist.config import AugmentConfig, DataConfig
 from mtunet_dist.data.augmentation import Augmentation
 from mtunet_dist.data.order import Order
-from mtunet_dist.data.prepared import PreparedSplit
+from mtunet_dist.data.prepared import DatasetInfo, PreparedSplit
 from mtunet_dist.multitask import Batch
 
 
 class Loader(Protocol):
     """A source of batches for one rank."""
 
+    @property
+    def skipped(self) -> int:
+        """How many places in this rank's batches so far a sample took that cannot be decoded (data.on_error=skip)."""
+
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Batches ``start``, ``start`` + 1, ... of the order.
 
-        Raises InputError that names the shard and key of a sample that cannot be decoded.
+        A sample that cannot be decoded raises InputError that names its shard and key; or, with data.on_error=skip,
+        is named by a UserWarning once and adds nothing to any loss or metric (``broken.py``).
         """
 
 
@@ -31,11 +36,60 @@ def make_loader(
     device: torch.device,
     augmentation: Augmentation | None = None,
 ) -> Loader:
-    """The loader that ``config.loader`` names: ``dali``, or ``torch``, the slow and simple reference."""
+    """The loader that ``config`` names: over a cache, or else ``dali``, or ``torch``, the slow and simple reference.
+
+    With a cache all ranks must call it together; see ``CachedLoader`` for what it then raises.
+    """
+    if config.cache != "none":
+        from mtunet_dist.data.cached_loader import CachedLoader
+
+        return CachedLoader(
+            split,
+            order,
+            device,
+            augmentation,
+            on_device=config.cache == "device",
+            threads=config.threads,
+            on_error=config.on_error,
+        )
     if config.loader == "torch":
         from mtunet_dist.data.torch_loader import TorchLoader
 
-        return TorchLoader(split, order, device, augmentation, workers=config.threads, prefetch=config.prefetch)
+        return TorchLoader(
+            split,
+            order,
+            device,
+            augmentation,
+            workers=config.threads,
+            prefetch=config.prefetch,
+            on_error=config.on_error,
+        )
     from mtunet_dist.data.dali import DaliLoader
 
-    return DaliLoader(split, order, device, augmentation, threads=config.threads, prefetch=config.prefetch)
+    return DaliLoader(
+        split,
+        order,
+        device,
+        augmentation,
+        threads=config.threads,
+        prefetch=config.prefetch,
+        on_error=config.on_error,
+        settings=config.dali,
+    )
+
+
+def make_augmentation(config: AugmentConfig, info: DatasetInfo, seed: int) -> Augmentation | None:
+    """The augmentation that ``config`` describes; None if it changes nothing."""
+    augmentation = Augmentation(
+        info.height,
+        info.width,
+        info.depth.kind,
+        flip=config.flip,
+        scales=config.scales,
+        brightness=config.brightness,
+        contrast=config.contrast,
+        saturation=config.saturation,
+        hue=config.hue,
+        seed=seed,
+    )
+    return augmentation if augmentation.changes else None

@@ -8,17 +8,20 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from mtunet_dist.data.augmentation import Augmentation, Draw
-from mtunet_dist.data.batch import as_batch, name_broken_sample
-from mtunet_dist.data.order import Order
+from mtunet_dist.data.augmentation import Augmentation
+from mtunet_dist.data.batch import Pixels, as_batch, depth_scales, draws_of
+from mtunet_dist.data.broken import BrokenSamples, OnError, stand_ins
+from mtunet_dist.data.order import Order, Plan
 from mtunet_dist.data.prepared import PreparedSplit
+from mtunet_dist.data.torch_augmentation import augmented
 from mtunet_dist.errors import InputError
 from mtunet_dist.multitask import Batch
+from mtunet_dist.schema import VOID
 
-Item = tuple[Tensor, Tensor, Tensor, float, int]
+Item = tuple[tuple[Tensor, ...], dict[int, str]]
+"""The arguments of ``as_batch``, and why which samples could not be decoded."""
 
 
 class TorchLoader:
@@ -33,17 +36,24 @@ class TorchLoader:
         *,
         workers: int = 0,
         prefetch: int = 2,
+        on_error: OnError = "stop",
     ) -> None:
         self.order, self.device = order, device
-        self.samples = _Samples(split, augmentation)
+        self.decoded = _DecodedBatches(split, augmentation)
         self.workers, self.prefetch = workers, prefetch
+        self.broken = BrokenSamples(on_error)
+
+    @property
+    def skipped(self) -> int:
+        """See ``Loader.skipped``."""
+        return self.broken.skipped
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Batches ``start``, ``start`` + 1, ... of the order; see ``Loader.batches``."""
         loader = DataLoader(
-            self.samples,
-            batch_sampler=_planned(self.order, start),
-            collate_fn=_collate,
+            self.decoded,
+            batch_size=None,  # an item is a whole batch
+            sampler=_plans(self.order, start),
             num_workers=self.workers,
             prefetch_factor=self.prefetch if self.workers else None,
             generator=torch.Generator(),  # else starting would draw from, and so change, the global one
@@ -51,72 +61,44 @@ class TorchLoader:
             # A forked child hangs once CUDA or DALI has threads in this process.
             multiprocessing_context="spawn" if self.workers else None,
         )
-        iterator = iter(loader)
-        for index in itertools.count(start):
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            except InputError:
-                name_broken_sample(self.samples.split, self.order.plan(index))
-                raise
-            yield as_batch(*(x.to(self.device, non_blocking=True) for x in batch))
+        for index, (tensors, broken) in zip(itertools.count(start), loader):
+            for position, reason in broken.items():
+                self.broken.add(position, reason)
+            if broken:
+                self.broken.count(self.order.plan(index).samples)
+            yield as_batch(*(x.to(self.device, non_blocking=True) for x in tensors))
 
 
-class _Samples(Dataset[Item]):
-    """Decoded and augmented samples by (epoch, position)."""
+class _DecodedBatches(Dataset[Item]):
+    """Decoded and augmented batches by plan."""
 
     def __init__(self, split: PreparedSplit, augmentation: Augmentation | None) -> None:
         self.split, self.augmentation = split, augmentation
 
-    def __getitem__(self, key: tuple[int, int]) -> Item:
-        epoch, i = key
-        raw = self.split.decode(i)
-        image = torch.from_numpy(np.array(raw.rgb))
-        label = torch.from_numpy(np.array(raw.label)).unsqueeze(2)
-        depth = torch.from_numpy(raw.depth.astype(np.float32)).unsqueeze(2)
-        scale = self.split.info.depth.scale
-        if self.augmentation is not None:
-            draw = self.augmentation.draw(epoch, i)
-            image, label, depth = _augmented(image, label, depth, draw)
-            scale *= draw.depth_factor
-        return image, label, depth, scale, i
+    def __getitem__(self, plan: Plan) -> Item:
+        n, height, width = len(plan.samples), self.split.info.height, self.split.info.width
+        image = np.zeros((n, height, width, 3), dtype=np.uint8)
+        label = np.full((n, height, width), VOID, dtype=np.uint8)
+        depth = np.zeros((n, height, width), dtype=np.uint16)
+        broken: dict[int, str] = {}
+        for row, i in enumerate(plan.samples.tolist()):
+            try:
+                raw = self.split.decode(i)
+            except InputError as error:
+                broken[row] = str(error)
+            else:
+                image[row], label[row], depth[row] = raw.rgb, raw.label, raw.depth
+        if broken:
+            image = image[stand_ins(np.arange(n), broken)]
+        draws = draws_of(plan, self.augmentation)
+        pixels = Pixels(*map(torch.from_numpy, (image, label, depth.view(np.int16))))
+        scales = torch.from_numpy(depth_scales(plan, draws, self.split.info.depth.scale))
+        tensors = (*augmented(pixels, draws), scales, torch.from_numpy(plan.samples.copy()))
+        return tensors, {int(plan.samples[row]): reason for row, reason in broken.items()}
 
 
-def _augmented(image: Tensor, label: Tensor, depth: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
-    size = (image.shape[0], image.shape[1])
-    if (draw.height, draw.width) != size:
-        image = _resized(_window(image, draw), size, "bilinear").round().clamp(0, 255)
-        label = _resized(_window(label, draw), size, "nearest-exact")
-        depth = _resized(_window(depth, draw), size, "nearest-exact")
-    if draw.flip:
-        image, label, depth = image.flip(1), label.flip(1), depth.flip(1)
-    return image.to(torch.uint8), label.to(torch.uint8), depth
-
-
-def _window(x: Tensor, draw: Draw) -> Tensor:
-    return x[draw.top : draw.top + draw.height, draw.left : draw.left + draw.width]
-
-
-def _resized(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    """Resize (H, W, C) to ``size``, as float32."""
-    return F.interpolate(x.permute(2, 0, 1)[None].float(), size=size, mode=mode)[0].permute(1, 2, 0)
-
-
-def _planned(order: Order, start: int) -> Iterator[list[tuple[int, int]]]:
+def _plans(order: Order, start: int) -> Iterator[Plan]:
     index = start
     while order.batches is None or index < order.batches:
-        plan = order.plan(index)
-        yield [(plan.epoch, int(i)) for i in plan.samples]
+        yield order.plan(index)
         index += 1
-
-
-def _collate(items: list[Item]) -> tuple[Tensor, ...]:
-    images, labels, depths, scales, samples = zip(*items, strict=True)
-    return (
-        torch.stack(images),
-        torch.stack(labels),
-        torch.stack(depths),
-        torch.tensor(scales, dtype=torch.float32),
-        torch.tensor(samples, dtype=torch.int64),
-    )

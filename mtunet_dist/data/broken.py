@@ -1,0 +1,59 @@
+"""Samples that cannot be decoded, under ``data.on_error=skip``.
+
+Such a sample keeps its place in the batch but adds nothing to any loss or metric: its label is all VOID, its depth
+all 0, and its image that of the first good sample of the batch (black if there is none), so that batch norm sees
+nothing odd. All this needs no word between ranks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+from typing import Literal
+
+import numpy as np
+
+from mtunet_dist.data.prepared import PreparedSplit
+from mtunet_dist.errors import InputError
+
+OnError = Literal["stop", "skip"]
+
+
+class BrokenSamples:
+    """The samples of a split found broken so far. ``skipped`` counts the places in batches that they took."""
+
+    def __init__(self, on_error: OnError) -> None:
+        self.on_error = on_error
+        self.positions: set[int] = set()
+        self.skipped = 0
+
+    def add(self, position: int, reason: str, *, warn: bool = True) -> None:
+        """Take note of a broken sample, with a warning the first time. Raises InputError when errors are to stop."""
+        if self.on_error == "stop":
+            raise InputError(reason)
+        if position not in self.positions and warn:
+            warnings.warn(f"skipped: {reason}", stacklevel=2)
+        self.positions.add(position)
+
+    def search(self, split: PreparedSplit, samples: np.ndarray) -> bool:
+        """Decode ``samples`` one by one and ``add`` those that cannot be; whether any is new."""
+        known = len(self.positions)
+        for i in samples.tolist():
+            if i not in self.positions:
+                try:
+                    split.decode(i)
+                except InputError as error:
+                    self.add(i, str(error))
+        return len(self.positions) > known
+
+    def count(self, samples: np.ndarray) -> None:
+        """A batch of ``samples`` was handed out."""
+        self.skipped += sum(i in self.positions for i in samples.tolist())
+
+
+def stand_ins(samples: np.ndarray, broken: Collection[int]) -> np.ndarray:
+    """int64 (N,): whose image is shown for each of ``samples``; a broken one's own if the batch has no good one."""
+    if not broken:
+        return samples
+    good = next((i for i in samples.tolist() if i not in broken), None)
+    return np.array([i if i not in broken or good is None else good for i in samples.tolist()], dtype=np.int64)

@@ -1,0 +1,122 @@
+"""A split decoded once and kept in memory; batches are gathered and augmented from there, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtunet_dist import distributed
+from mtunet_dist.data import node_memory
+from mtunet_dist.data.augmentation import Augmentation
+from mtunet_dist.data.batch import Pixels, as_batch, depth_scales, draws_of
+from mtunet_dist.data.broken import BrokenSamples, OnError, stand_ins
+from mtunet_dist.data.order import Order, Plan
+from mtunet_dist.data.prepared import PreparedSplit
+from mtunet_dist.data.torch_augmentation import augmented
+from mtunet_dist.errors import InputError
+from mtunet_dist.multitask import Batch
+from mtunet_dist.schema import VOID
+
+BYTES_PER_PIXEL = 6  # RGB, label, depth
+
+
+class CachedLoader:
+    """Batches of pixels kept in host memory, once per node, or with ``on_device`` on each rank's device.
+
+    All ranks construct it together; each decodes its share of the split with ``threads`` threads. Raises InputError,
+    on all ranks alike, that says how many bytes are needed and free if it does not fit, and that names a sample that
+    cannot be decoded, unless ``on_error`` is ``skip``. On a CPU device the two places are the same.
+    """
+
+    def __init__(
+        self,
+        split: PreparedSplit,
+        order: Order,
+        device: torch.device,
+        augmentation: Augmentation | None = None,
+        *,
+        on_device: bool = False,
+        threads: int = 2,
+        on_error: OnError = "stop",
+    ) -> None:
+        self.split, self.order, self.device, self.augmentation = split, order, device, augmentation
+        self.broken = BrokenSamples(on_error)
+        place = "device" if on_device else "host"
+        what = f"data.cache={place} for {len(split)} samples of the split '{'+'.join(split.names)}'"
+        if on_device:
+            node_memory.raise_any(_device_shortage(what, _bytes(split), device))
+        self.stored = self._load(what, threads)
+        if on_device:
+            self.stored = Pixels(*(x.to(device) for x in self.stored))
+
+    @property
+    def skipped(self) -> int:
+        """See ``Loader.skipped``."""
+        return self.broken.skipped
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """Batches ``start``, ``start`` + 1, ... of the order; see ``Loader.batches``."""
+        index = start
+        while self.order.batches is None or index < self.order.batches:
+            yield self._batch(self.order.plan(index))
+            index += 1
+
+    def _batch(self, plan: Plan) -> Batch:
+        self.broken.count(plan.samples)
+        draws = draws_of(plan, self.augmentation)
+        shown = torch.from_numpy(stand_ins(plan.samples, self.broken.positions))
+        samples = torch.from_numpy(plan.samples)
+        pixels = Pixels(*(self._take(x, i) for x, i in zip(self.stored, (shown, samples, samples), strict=True)))
+        scales = torch.from_numpy(depth_scales(plan, draws, self.split.info.depth.scale))
+        scales, samples = (x.to(self.device, non_blocking=True) for x in (scales, samples))
+        return as_batch(*augmented(pixels, draws), scales, samples)
+
+    def _take(self, stored: Tensor, index: Tensor) -> Tensor:
+        """A copy of the entries ``index`` on the device, by way of pinned memory where that makes the copy async."""
+        if stored.device == self.device:
+            return stored.index_select(0, index.to(self.device, non_blocking=True))
+        pinned = torch.empty((len(index), *stored.shape[1:]), dtype=stored.dtype, pin_memory=True)
+        return torch.index_select(stored, 0, index, out=pinned).to(self.device, non_blocking=True)
+
+    def _load(self, what: str, threads: int) -> Pixels:
+        """Decode this rank's share of the split into the memory that the node shares."""
+        split, shape = self.split, (len(self.split), self.split.info.height, self.split.info.width)
+        memory = node_memory.allocate(_bytes(split), what)
+        # Depth first: its 2-byte numbers then lie even.
+        depth, label, image = np.split(memory.data, [2 * int(np.prod(shape)), 3 * int(np.prod(shape))])
+        stored = (image.reshape(*shape, 3), label.reshape(shape), depth.view(np.uint16).reshape(shape))
+
+        def decode(i: int) -> tuple[int, str] | None:
+            try:
+                raw = split.decode(i)
+            except InputError as error:
+                stored[1][i] = VOID  # image and depth stay 0
+                return i, str(error)
+            for array, pixels in zip(stored, (raw.rgb, raw.label, raw.depth), strict=True):
+                array[i] = pixels
+            return None
+
+        with ThreadPoolExecutor(max(threads, 1)) as pool:
+            broken = [b for b in pool.map(decode, range(memory.member, len(split), memory.members)) if b is not None]
+        # Also a barrier: from here on every rank reads what the others decoded.
+        found = dict(sorted(b for share in node_memory.everyone(broken) for b in share))
+        for position, reason in found.items():
+            self.broken.add(position, reason, warn=distributed.is_main())
+        image, label, depth = stored
+        return Pixels(*map(torch.from_numpy, (image, label, depth.view(np.int16))))
+
+
+def _bytes(split: PreparedSplit) -> int:
+    return len(split) * split.info.height * split.info.width * BYTES_PER_PIXEL
+
+
+def _device_shortage(what: str, needed: int, device: torch.device) -> str | None:
+    """What is wrong with keeping ``needed`` bytes on ``device``, or None."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return node_memory.shortage(what, needed, free, "device memory")

@@ -1,0 +1,118 @@
+"""Memory that the ranks of one node share, and how much of it there is.
+
+It is an anonymous file (``memfd_create``): no name in /dev/shm, so no limit of a container's /dev/shm, and nothing
+that could be left behind however the processes end.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from mtunet_dist import distributed
+from mtunet_dist.errors import InputError
+
+T = TypeVar("T")
+
+MARGIN = 0.9  # the share of free memory that may be taken
+
+
+@dataclass(frozen=True)
+class NodeMemory:
+    """Zeroed memory, uint8 (size,), mapped by all ``members`` ranks of a node, of which this is number ``member``."""
+
+    data: np.ndarray
+    member: int
+    members: int
+
+
+def allocate(size: int, what: str) -> NodeMemory:
+    """Share ``size`` bytes among the ranks of each node; all ranks call it together.
+
+    Raises InputError, on all ranks alike, that begins with ``what`` if a node has not so much memory left.
+    """
+    rank = distributed.rank()
+    nodes = everyone(_node())
+    members = [r for r, node in enumerate(nodes) if node == nodes[rank]]
+    leader = members[0]
+    problem, descriptor = None, -1
+    if rank == leader:
+        problem = shortage(what, size, free_memory(), "memory")
+        if problem is None:
+            descriptor = os.memfd_create("mtunet_dist")
+            os.ftruncate(descriptor, size)
+    raise_any(problem)
+    owner, number = everyone((os.getpid(), descriptor))[leader]
+    # The leader's open file, by way of its process; its pages live as long as anyone maps them.
+    data = np.empty(0, dtype=np.uint8)
+    try:
+        own = os.open(f"/proc/{owner}/fd/{number}", os.O_RDWR)
+        data = np.frombuffer(mmap.mmap(own, size), dtype=np.uint8)
+        os.close(own)
+    except OSError as error:
+        problem = f"{what}: rank {rank} cannot share memory with rank {leader} of its node: {error.strerror}"
+    raise_any(problem)  # and from here on all have mapped it
+    if rank == leader:
+        os.close(descriptor)
+    return NodeMemory(data, members.index(rank), len(members))
+
+
+def everyone(value: T) -> list[T]:
+    """The picklable ``value`` of every rank, on every rank."""
+    values: list[T] = distributed.from_main(distributed.gather_to_main(value))
+    return values
+
+
+def raise_any(problem: str | None) -> None:
+    """Raise the first rank's ``problem`` as InputError on all ranks, so that none waits for one that gave up."""
+    for found in everyone(problem):
+        if found is not None:
+            raise InputError(found)
+
+
+def shortage(what: str, needed: int, free: int, kind: str) -> str | None:
+    """What is wrong with taking ``needed`` of ``free`` bytes, or None."""
+    if needed <= MARGIN * free:
+        return None
+    return f"{what} needs {needed:,} bytes of {kind}; {free:,} are free, of which at most {MARGIN:.0%} may be taken"
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may still allocate: what the machine has left, or less where a cgroup limits it."""
+    meminfo = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
+    free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        folder = top / path.lstrip("/")
+        # A parent may be stricter; in a container the path may be the host's, and only the top is there.
+        for group in [folder, *folder.parents[: len(folder.parts) - len(top.parts)]]:
+            free = min(free, _left_in(group, *names, otherwise=free))
+    return max(free, 0)
+
+
+def _left_in(group: Path, limit: str, usage: str, cache: str, otherwise: int) -> int:
+    """What a cgroup's limit leaves, counting the file cache that the kernel would drop first."""
+    try:
+        most, used = (group / limit).read_text().strip(), int((group / usage).read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return otherwise
+    return otherwise if most == "max" else int(most) - used + int(statistics.get(cache, 0))
+
+
+def _node() -> tuple[str, int, int]:
+    """Equal for processes that can reach each other's files in /proc: same boot, process namespace and user."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return boot, Path("/proc/self/ns/pid").stat().st_ino, os.getuid()

@@ -1,0 +1,119 @@
+"""The draws of ``augmentation.py`` carried out in torch on a whole batch at once, on whatever device it is.
+
+The definition of the arithmetic: labels and depth take the pixel under the centre (torch's ``nearest-exact``, DALI's
+``INTERP_NN``), images are interpolated linearly between pixel centres without antialiasing. The image is rounded
+once, after zoom and colours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtunet_dist.data.augmentation import Draw
+from mtunet_dist.data.batch import Pixels
+
+
+def augmented(pixels: Pixels, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Tensor]:
+    """Image uint8 (N, H, W, 3), label uint8 (N, H, W) and depth float32 (N, H, W) in stored units.
+
+    ``draws`` has one entry per sample, or none: then nothing changes but the type of depth. Overwrites ``pixels``.
+    """
+    image, label = pixels.image, pixels.label
+    depth = pixels.depth.view(torch.uint16).float()
+    if not draws:
+        return image, label, depth
+    height, width = label.shape[1:]
+    colors = draws[0].color is not None
+    if colors:
+        image = image.float()
+    zoomed = [n for n, draw in enumerate(draws) if (draw.height, draw.width) != (height, width)]
+    if zoomed:
+        where = _to(np.array(zoomed), label)
+        maps = _Maps([draws[n] for n in zoomed], height, width)
+        zoomed_image = maps.linear(image.index_select(0, where))
+        image.index_copy_(0, where, zoomed_image if colors else _rounded(zoomed_image))
+        label.index_copy_(0, where, maps.nearest(label.index_select(0, where)))
+        depth.index_copy_(0, where, maps.nearest(depth.index_select(0, where)))
+    flipped = sorted({n for n, draw in enumerate(draws) if draw.flip}.difference(zoomed))  # zooming flips too
+    if flipped:
+        where = _to(np.array(flipped), label)
+        for x in (image, label, depth):
+            x.index_copy_(0, where, x.index_select(0, where).flip(2))
+    if colors:
+        image = _rounded(_recolored(image, draws))
+    return image, label, depth
+
+
+class _Maps:
+    """Which row and column of its source each pixel of zoomed samples comes from, columns mirrored for a flip."""
+
+    def __init__(self, draws: Sequence[Draw], height: int, width: int) -> None:
+        self.rows = _Axis(np.array([(d.top, d.height) for d in draws]), height)
+        self.columns = _Axis(np.array([(d.left, d.width) for d in draws]), width)
+        self.columns.mirror(np.array([d.flip for d in draws]))
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """(n, H, W) -> (n, H, W)."""
+        return _columns(_rows(x, self.rows.nearest), self.columns.nearest)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """(n, H, W, 3) -> float32 (n, H, W, 3)."""
+        shape, x = x.shape, x.flatten(2)  # several times faster than a last axis of 3
+        low, high = (_rows(x, index).float() for index in (self.rows.low, self.rows.high))
+        x = torch.lerp(low, high, _to(self.rows.weight, x)[:, :, None])
+        low, high = (_columns(x, _per_channel(index)) for index in (self.columns.low, self.columns.high))
+        return torch.lerp(low, high, _to(self.columns.weight.repeat(3, axis=1), x)[:, None]).view(shape)
+
+
+class _Axis:
+    """Index maps (n, size) of one axis for n windows (start, length); float32 as in torch, so that ties fall alike."""
+
+    def __init__(self, windows: np.ndarray, size: int) -> None:
+        start, length = windows[:, :1], windows[:, 1:]
+        step = length.astype(np.float32) / np.float32(size)
+        centre = step * (np.arange(size, dtype=np.float32) + np.float32(0.5))
+        position = np.maximum(centre - np.float32(0.5), 0)
+        low = position.astype(np.int64)
+        self.weight = position - low.astype(np.float32)
+        self.low, self.high = start + low, start + np.minimum(low + 1, length - 1)
+        self.nearest = start + np.minimum(centre.astype(np.int64), length - 1)
+
+    def mirror(self, flip: np.ndarray) -> None:
+        """Read the maps of the samples where ``flip`` is true from the other end."""
+        for x in (self.weight, self.low, self.high, self.nearest):
+            x[flip] = x[flip, ::-1]
+
+
+def _rows(x: Tensor, index: np.ndarray) -> Tensor:
+    """Rows ``index`` (n, H) of x (n, H, W)."""
+    first = np.arange(len(x))[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, _to((first + index).ravel(), x)).view(x.shape)
+
+
+def _columns(x: Tensor, index: np.ndarray) -> Tensor:
+    """Columns ``index`` (n, W) of x (n, H, W)."""
+    return x.gather(2, _to(index, x)[:, None].expand(x.shape))
+
+
+def _per_channel(columns: np.ndarray) -> np.ndarray:
+    """Columns (n, W) of pixels as columns (n, 3 W) of interleaved levels."""
+    return (columns[:, :, None] * 3 + np.arange(3)).reshape(len(columns), -1)
+
+
+def _recolored(image: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """The colour map of each draw applied to float32 (N, H, W, 3)."""
+    maps = _to(np.array([draw.color for draw in draws], dtype=np.float32), image).view(-1, 3, 4)
+    matrix, offset = maps[:, :, :3], maps[:, None, :, 3]
+    return torch.baddbmm(offset, image.flatten(1, 2), matrix.mT).view(image.shape)
+
+
+def _rounded(image: Tensor) -> Tensor:
+    return image.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _to(x: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(x)).to(like.device, non_blocking=True)
