@@ -22,9 +22,9 @@ CLASSES = ["floor", "wall", "box"]
 def write_folder_source(root: Path) -> None:
     """A folder source: a floor below a wall, and boxes of a tell-tale colour at random depths.
 
-    Void and invalid are a number of rows, but for the boxes, that differs from sample to sample.
+    How many pixels are void, how many invalid, differs from sample to sample.
     """
-    random = np.random.default_rng(0)
+    random, holes = np.random.default_rng(0), np.random.default_rng(10)
     for split, count in COUNTS.items():
         for part in ("rgb", "label", "depth"):
             (root / split / part).mkdir(parents=True)
@@ -37,8 +37,9 @@ def write_folder_source(root: Path) -> None:
             label[box], depth[box] = 2, int(random.integers(500, 3000))
             colors = np.array([[90, 90, 90], [160, 150, 120], [200, 40, 40]])[label]
             rgb = np.clip(colors + random.normal(0, 12, colors.shape), 0, 255).astype(np.uint8)
-            rows = np.where(label == 2, HEIGHT // 2, np.arange(HEIGHT)[:, None])
-            label[rows < 2 * (i % 4)], depth[rows >= HEIGHT - 3 * (i % 3)] = 255, 0
+            pixel = np.arange(label.size).reshape(label.shape)
+            void, invalid = holes.integers(300, size=2)
+            label[(label != 2) & (pixel < void)], depth[pixel >= label.size - invalid] = 255, 0
             Image.fromarray(rgb).save(root / split / "rgb" / f"{i:03d}.png")
             Image.fromarray(label).save(root / split / "label" / f"{i:03d}.png")
             Image.fromarray(depth).save(root / split / "depth" / f"{i:03d}.png")

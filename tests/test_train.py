@@ -94,8 +94,15 @@ def test_accumulation_equals_the_whole_batch(make_config: MakeConfig, tmp_path: 
         torch.testing.assert_close(two[key], value, rtol=1e-5, atol=1e-6)
 
 
-def test_two_ranks_equal_one_rank_with_the_double_batch(make_config: MakeConfig, tmp_path: Path) -> None:
-    """Void and invalid pixels are spread unevenly over the ranks, and the order is DALI's real one."""
+def test_two_ranks_equal_one_rank_with_the_double_batch(
+    make_config: MakeConfig, dataset: PreparedDataset, tmp_path: Path
+) -> None:
+    """Void and invalid pixels are spread unevenly over the ranks."""
+    split = dataset.split("train")
+    ranks = [TrainOrder(12, batch_size=4, rank=rank, world_size=2).plan(0).samples for rank in range(2)]
+    for void in (lambda raw: raw.label == 255, lambda raw: raw.depth == 0):
+        counts = [sum(void(split.decode(int(i))).sum() for i in samples) for samples in ranks]
+        assert abs(counts[0] - counts[1]) > 50
     settings = ["optim.name=sgd", "optim.lr=1.0", "model.dropout=0.0", "data.augment.flip=true"]
     one = _updated_weights(make_config(*settings))
     on_two_ranks(_save_updated_weights, make_config(*settings, f"run_dir={tmp_path / 'two'}"), tmp_path)
