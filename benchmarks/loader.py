@@ -41,6 +41,7 @@ from mtunet_dist.data.augmentation import Augmentation
 from mtunet_dist.data.loader import make_loader
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
+from mtunet_dist.data.splits import ShardSplit
 from mtunet_dist.errors import command
 from mtunet_dist.prepare import prepare
 from mtunet_dist.tracking import environment
@@ -173,6 +174,7 @@ def write_files(config: Config, files: Path, npy: Path) -> None:
     """The training split as single files and as MTAN's arrays."""
     dataset = PreparedDataset(Path(config.data.root))
     split = dataset.split(config.data.train)
+    assert isinstance(split, ShardSplit)
     for folder in (*(files / part for part in SUFFIX), *(npy / part for part in ("image", "label", "depth"))):
         folder.mkdir(parents=True)
     for i in track(range(len(split)), description="writing the same images for the others", transient=True):
@@ -189,8 +191,16 @@ def prepare_lossless(config: Config, out: Path) -> Path | None:
     there = PreparedDataset(Path(config.data.root)).info.settings
     if not Path(there.root).is_dir():
         return None
-    size = {"height": there.height, "width": there.width}
-    prepare(there.source, there.root, out, rgb_format="png", options=there.options, workers=2, **size)
+    prepare(
+        there.source,
+        there.root,
+        out,
+        height=there.height,
+        width=there.width,
+        rgb_format="png",
+        workers=2,
+        options=there.options,
+    )
     return out
 
 

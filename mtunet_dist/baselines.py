@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mtunet_dist.data.broken import OnError
-from mtunet_dist.data.prepared import PreparedSplit
+from mtunet_dist.data.splits import Split
 from mtunet_dist.errors import InputError
 from mtunet_dist.multitask import Depth, Segmentation, Task
 from mtunet_dist.schema import VOID
@@ -24,7 +24,7 @@ class ConstantPredictor:
     be decoded raises InputError, or with ``on_error`` ``skip`` is left out.
     """
 
-    def __init__(self, tasks: Sequence[Task], train: PreparedSplit, on_error: OnError = "stop") -> None:
+    def __init__(self, tasks: Sequence[Task], train: Split, on_error: OnError = "stop") -> None:
         self.tasks = list(tasks)
         class_pixels = np.zeros(256, dtype=np.int64)
         depth_pixels = np.zeros(1 << 16, dtype=np.int64)

@@ -24,9 +24,11 @@ from torch import Tensor
 from mtunet_dist import checkpoint, distributed
 from mtunet_dist.baselines import ConstantPredictor
 from mtunet_dist.config import Config, config_from_text
+from mtunet_dist.data.info import DatasetInfo
 from mtunet_dist.data.loader import Loader, make_loader
 from mtunet_dist.data.order import EvalOrder
-from mtunet_dist.data.prepared import DatasetInfo, PreparedDataset, PreparedSplit
+from mtunet_dist.data.prepared import PreparedDataset
+from mtunet_dist.data.splits import Split
 from mtunet_dist.errors import InputError, command
 from mtunet_dist.metrics import SegmentationMetric, higher_is_better
 from mtunet_dist.multitask import MultiTaskStep, Segmentation, Task, build_step, place
@@ -94,7 +96,7 @@ def metric_names(tasks: Sequence[Task]) -> list[str]:
     return [n for t in tasks for n in (*t.metric(torch.device("cpu")).compute(), f"loss/{t.name}")]
 
 
-def eval_loader(config: Config, split: PreparedSplit, device: torch.device) -> Loader:
+def eval_loader(config: Config, split: Split, device: torch.device) -> Loader:
     """A loader of this rank's share of ``split``, every sample once. InputError if there is none."""
     if not len(split):
         raise InputError(f"{split.root}: the split '{'+'.join(split.names)}' has no samples to evaluate on")

@@ -19,7 +19,7 @@ from rich.progress import track
 from torch import Tensor
 
 from mtunet_dist import distributed, pictures
-from mtunet_dist.data.prepared import DatasetInfo
+from mtunet_dist.data.info import DatasetInfo
 from mtunet_dist.errors import InputError, command
 from mtunet_dist.evaluate import load_run, load_step
 from mtunet_dist.multitask import Depth, MultiTaskStep, Segmentation

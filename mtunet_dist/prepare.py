@@ -20,17 +20,10 @@ from rich.console import Console
 
 from mtunet_dist import __version__, plugins
 from mtunet_dist.config import plugin_options
-from mtunet_dist.data.prepared import (
-    FORMAT,
-    INFO_FILE,
-    DatasetInfo,
-    PreparedDataset,
-    Settings,
-    index_name,
-    verify,
-)
+from mtunet_dist.data.info import FORMAT, INFO_FILE, DatasetInfo, Settings, Stored, index_name
+from mtunet_dist.data.prepared import PreparedDataset, verify
 from mtunet_dist.data.report import progress, table
-from mtunet_dist.data.shard_builder import ShardResult, ShardTask, Statistics, finished
+from mtunet_dist.data.shard_builder import SIDECAR, ShardResult, ShardTask, Statistics, finished
 from mtunet_dist.data.shard_workers import run
 from mtunet_dist.data.shards import Index, RgbFormat, write_json
 from mtunet_dist.errors import InputError, MTUNetError, command
@@ -48,10 +41,13 @@ def prepare(
     width: int = 256,
     rgb_format: RgbFormat = "jpeg",
     shard_size: int = 128,
+    stored: Stored = "shards",
     workers: int = 0,
     options: Mapping[str, Any] | Sequence[str] = (),
 ) -> PreparedDataset:
     """Write the samples of ``source`` (a plugin name with its ``options``) at ``root`` to the folder ``out``.
+
+    With ``stored`` ``source`` the samples are checked, counted and listed, but stay where they are, at full size.
 
     ``workers`` processes make a shard each at a time; 0 works in this process. The bytes do not depend on it. Where
     ``out`` already holds the dataset nothing is done.
@@ -61,7 +57,9 @@ def prepare(
     console, out = Console(highlight=False), Path(out)
     given = dict(options) if isinstance(options, Mapping) else options
     typed = plugin_options("source", source, given)
-    settings = Settings(source, str(root), typed, height, width, rgb_format, shard_size)
+    if stored == "source":
+        root = Path(root).resolve()
+    settings = Settings(source, str(root), typed, height, width, rgb_format, shard_size, stored=stored)
     if (out / INFO_FILE).is_file():
         _check_same(out, settings)
         console.print(f"{out} is complete")
@@ -124,7 +122,7 @@ def _make_shards(tasks: list[ShardTask], workers: int, console: Console) -> dict
     if results:
         console.print(f"{len(results)} of {len(tasks)} shards are there from an earlier run")
     kept = {task.sidecar for task in tasks if task.path in results}
-    for sidecar in set(tasks[0].out.glob("*.tar.json")) - kept:  # of other settings, or of a shard since damaged
+    for sidecar in set(tasks[0].out.glob(f"*{SIDECAR}")) - kept:  # of other settings, or of a shard since damaged
         sidecar.with_suffix("").unlink(missing_ok=True)
         sidecar.unlink()
     todo = [task for task in tasks if task.path not in results]
@@ -173,7 +171,7 @@ def _complete(tasks: list[ShardTask], results: Mapping[Path, ShardResult]) -> No
 
 def _remove_leftovers(out: Path) -> None:
     """Remove the sidecars of a complete dataset, and what killed runs left half-written."""
-    for pattern in ("*.tar.tmp", "*.json.tmp", "*.tar.json"):
+    for pattern in ("*.tmp", f"*{SIDECAR}"):
         for path in out.glob(pattern):
             path.unlink()
 
@@ -209,6 +207,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", type=_integer(0), default=cpus, metavar="N", help=f"processes, default {cpus}; 0: none"
     )
+    parser.add_argument(
+        "--no-copy", action="store_true", help="only check and list; training then decodes the source's own files"
+    )
     parser.add_argument("--verify", type=Path, metavar="OUT", help="only check the checksums of the dataset in OUT")
     return parser
 
@@ -233,6 +234,7 @@ def main() -> None:
             width=width,
             rgb_format=args.rgb,
             shard_size=args.shard_size,
+            stored="source" if args.no_copy else "shards",
             workers=args.workers,
             options=args.options,
         )

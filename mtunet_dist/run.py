@@ -19,10 +19,11 @@ from mtunet_dist import checkpoint, distributed, plugins, tracking
 from mtunet_dist.config import Config, config_from_text, flat, save_config, to_yaml
 from mtunet_dist.data.loader import Loader, make_augmentation, make_loader
 from mtunet_dist.data.order import EvalOrder, TrainOrder
-from mtunet_dist.data.prepared import PreparedDataset, PreparedSplit
+from mtunet_dist.data.prepared import PreparedDataset
+from mtunet_dist.data.splits import Split
 from mtunet_dist.data.torch_loader import TorchLoader
 from mtunet_dist.errors import InputError
-from mtunet_dist.evaluate import eval_loader
+from mtunet_dist.evaluate import eval_loader, metric_names
 from mtunet_dist.multitask import Batch, MultiTaskStep, build_step, check_model
 from mtunet_dist.strategies._strategy import Strategy
 
@@ -57,7 +58,7 @@ class Run:
     config: Config
     device: torch.device
     dataset: PreparedDataset
-    train_split: PreparedSplit
+    train_split: Split
     order: TrainOrder
     loader: Loader
     eval_loader: Loader
@@ -149,8 +150,7 @@ def _build(config: Config, device: torch.device) -> Run:
     torch.manual_seed(config.seed)  # the same initial weights everywhere
     step = build_step(config, info.classes, info.depth)
     check_model(step, info.height, info.width)
-    known = [name for task in step.tasks for name in task.metric(torch.device("cpu")).compute()]
-    known += [f"loss/{task.name}" for task in step.tasks]
+    known = metric_names(step.tasks)
     if config.checkpoint.best not in known:
         raise InputError(f"checkpoint.best={config.checkpoint.best} is no metric. Available: {', '.join(known)}")
     strategy = plugins.build("strategy", config.strategy, step, config, device)

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import track
 
 from mtunet_dist import pictures
-from mtunet_dist.data.prepared import PreparedDataset, PreparedSplit
+from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.data.report import table
+from mtunet_dist.data.splits import Split
 from mtunet_dist.errors import InputError, command
 
 DEPTH_SAMPLES = 500  # of each split, for the histogram
@@ -26,7 +27,7 @@ BINS = 60
 WIDTH_INCHES, DPI = 12.0, 110
 
 
-def depth_histogram(split: PreparedSplit) -> np.ndarray:
+def depth_histogram(split: Split) -> np.ndarray:
     """Counts int64 (65536,) of the stored depths over at most ``DEPTH_SAMPLES`` samples; entry 0 is invalid."""
     counts = np.zeros(1 << 16, dtype=np.int64)
     for i in track(split.spread(DEPTH_SAMPLES), description=f"depth of {'+'.join(split.names)}", transient=True):

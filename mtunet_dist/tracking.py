@@ -115,7 +115,7 @@ class Tracker:
     def say(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
         if self.main:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -153,7 +153,7 @@ def test_resume_makes_only_what_is_missing(root: Path, tmp_path: Path, monkeypat
         PreparedDataset(out)
     # What a kill at other moments leaves: a half-written shard, and a shard without its sidecar.
     (out / "train-00002.tar.tmp").write_bytes(b"half")
-    (out / "train-00001.tar.json").unlink()
+    (out / "train-00001.tar.done").unlink()
     made.clear()
     stop_after(-1)
     run(root, out)
@@ -167,7 +167,7 @@ def test_shards_of_other_settings_are_not_taken_over(root: Path, tmp_path: Path)
     save(root / "val/label/val1.png", np.full((2 * HEIGHT, 2 * WIDTH), 9, dtype=np.uint8))
     with pytest.raises(InputError):
         run(root, out)
-    assert (out / "train-00000.tar.json").is_file()
+    assert (out / "train-00000.tar.done").is_file()
     (tmp_path / "held.png").replace(root / "val/label/val1.png")
     run(root, out, height=4, shard_size=4)
     run(root, other, height=4, shard_size=4)
@@ -192,7 +192,7 @@ def test_complete_dataset_is_left_alone(root: Path, tmp_path: Path, capsys: pyte
     out = tmp_path / "out"
     run(root, out)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    (out / "train-00000.tar.json").write_text("{}")  # a kill just after dataset.json was written
+    (out / "train-00000.tar.done").write_text("{}")  # a kill just after dataset.json was written
     run(root, out)
     assert "is complete" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before

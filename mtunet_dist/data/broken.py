@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from mtunet_dist.data.prepared import PreparedSplit
+from mtunet_dist.data.splits import Split
 from mtunet_dist.errors import InputError
 
 OnError = Literal["stop", "skip"]
@@ -35,7 +35,7 @@ class BrokenSamples:
             warnings.warn(f"skipped: {reason}", stacklevel=2)
         self.positions.add(position)
 
-    def search(self, split: PreparedSplit, samples: np.ndarray) -> bool:
+    def search(self, split: Split, samples: np.ndarray) -> bool:
         """Decode ``samples`` one by one and ``add`` those that cannot be; whether any is new."""
         known = len(self.positions)
         for i in samples.tolist():

@@ -15,7 +15,7 @@ from mtunet_dist.data.augmentation import Augmentation
 from mtunet_dist.data.batch import Pixels, as_batch, depth_scales, draws_of
 from mtunet_dist.data.broken import BrokenSamples, OnError, stand_ins
 from mtunet_dist.data.order import Order, Plan
-from mtunet_dist.data.prepared import PreparedSplit
+from mtunet_dist.data.splits import Split
 from mtunet_dist.data.torch_augmentation import augmented
 from mtunet_dist.errors import InputError
 from mtunet_dist.multitask import Batch
@@ -34,7 +34,7 @@ class CachedLoader:
 
     def __init__(
         self,
-        split: PreparedSplit,
+        split: Split,
         order: Order,
         device: torch.device,
         augmentation: Augmentation | None = None,
@@ -110,7 +110,7 @@ class CachedLoader:
         return Pixels(*map(torch.from_numpy, (image, label, depth.view(np.int16))))
 
 
-def _bytes(split: PreparedSplit) -> int:
+def _bytes(split: Split) -> int:
     return len(split) * split.info.height * split.info.width * BYTES_PER_PIXEL
 
 

@@ -2,6 +2,7 @@
 
 DALI's readers and their shuffles are not used: an external source hands over the bytes of each planned batch
 together with the numbers of its augmentation, so order and randomness are ours and resume needs only a number.
+Samples left in their source come decoded, by threads of ours: each source converts labels and depth in its own way.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from mtunet_dist.data.augmentation import Augmentation
 from mtunet_dist.data.batch import as_batch, depth_scales, draws_of
 from mtunet_dist.data.broken import BrokenSamples, OnError, stand_ins
 from mtunet_dist.data.order import Order
-from mtunet_dist.data.prepared import PreparedSplit
+from mtunet_dist.data.splits import ShardSplit, Split
 from mtunet_dist.multitask import Batch
 from mtunet_dist.schema import VOID
 
@@ -31,11 +33,11 @@ JPEG_BYTES_PER_PIXEL = 12  # what nvJPEG needs between bits and RGB: three plane
 
 
 class DaliLoader:
-    """Batches through DALI; RGB decodes on the GPU (``mixed``) when ``device`` is one and RGB is stored as JPEG."""
+    """Batches through DALI; RGB decodes on the GPU (``mixed``) when ``device`` is one and shards hold it as JPEG."""
 
     def __init__(
         self,
-        split: PreparedSplit,
+        split: Split,
         order: Order,
         device: torch.device,
         augmentation: Augmentation | None = None,
@@ -48,6 +50,7 @@ class DaliLoader:
         self.split, self.order, self.device, self.augmentation = split, order, device, augmentation
         self.threads, self.prefetch, self.settings = threads, prefetch, settings or DaliConfig()
         self.broken = BrokenSamples(on_error)
+        self.pool = None if isinstance(split, ShardSplit) else ThreadPoolExecutor(threads)
 
     @property
     def skipped(self) -> int:
@@ -86,8 +89,10 @@ class DaliLoader:
             size=(info.height, info.width),
             zooms=augmentation is not None and augmentation.zooms,
             colors=augmentation is not None and augmentation.colors,
+            encoded=self.pool is None,
             flips=augmentation is not None and augmentation.flip,
-            mixed=_mixed_options(info.height, info.width, self.settings) if on_gpu else None,
+            on_gpu=on_gpu,
+            mixed=_mixed_options(info.height, info.width, self.settings) if on_gpu else {},
             batch_size=len(self.order.plan(start).samples),
             num_threads=self.threads,
             device_id=self.device.index if on_gpu else None,
@@ -120,37 +125,59 @@ class DaliLoader:
         return batch
 
     def _parts(self, samples: np.ndarray) -> list[list[np.ndarray]]:
-        """Encoded images, labels and depths of ``samples``, with stand-ins for those known to be broken."""
+        """Images, labels and depths of ``samples``, encoded or not, with stand-ins for those known to be broken."""
+        good = [i for i in samples.tolist() if i not in self.broken.positions]
+        if isinstance(self.split, ShardSplit):
+            parts = dict(zip(good, map(self.split.parts, good), strict=True))
+        else:
+            assert self.pool is not None
+            parts = dict(zip(good, self.pool.map(self._pixels, good), strict=True))
         rows = []
         for i, shown in zip(samples.tolist(), stand_ins(samples, self.broken.positions).tolist(), strict=True):
-            if i not in self.broken.positions:
-                rows.append(self.split.parts(i))
+            if i in parts:
+                rows.append(parts[i])
             else:
-                black, void, no_depth = _blank(self.split.info.height, self.split.info.width)
-                rows.append((black if shown == i else self.split.parts(shown)[0], void, no_depth))
+                black, void, no_depth = _blank(self.split.info.height, self.split.info.width, self.pool is None)
+                rows.append((black if shown == i else parts[shown][0], void, no_depth))
         return [list(column) for column in zip(*rows, strict=True)]
+
+    def _pixels(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        raw = self.split.decode(i)
+        return raw.rgb, raw.label[..., None], raw.depth[..., None]
 
 
 def _graph(
-    source: Any, *, size: tuple[int, int], zooms: bool, colors: bool, flips: bool, mixed: dict[str, Any] | None
+    source: Any,
+    *,
+    size: tuple[int, int],
+    encoded: bool,
+    zooms: bool,
+    colors: bool,
+    flips: bool,
+    on_gpu: bool,
+    mixed: dict[str, Any],
 ) -> tuple[Any, ...]:
     count = len(OUTPUTS) + 2 * zooms + colors + flips
-    columns = fn.external_source(source=source, num_outputs=count, batch=True, batch_info=True)
-    rgb, label, depth, depth_scale, position, *draws = columns
-    # Stored orientation is the truth (no EXIF rotation). PNGs decode on the CPU only, JPEGs on the GPU where
-    # there is one; its chroma upsampling is told to be the CPU's.
-    image = fn.decoders.image(
-        rgb,
-        device="cpu" if mixed is None else "mixed",
-        output_type=types.RGB,
-        adjust_orientation=False,
-        jpeg_fancy_upsampling=True,
-        **(mixed or {}),
-    )
-    label = fn.decoders.image(label, output_type=types.GRAY, adjust_orientation=False)
-    depth = fn.decoders.image(depth, output_type=types.GRAY, dtype=types.UINT16, adjust_orientation=False)
-    if mixed is not None:
-        label, depth, depth_scale, position = label.gpu(), depth.gpu(), depth_scale.gpu(), position.gpu()
+    # Layouts are the decoders' to say, or ours.
+    layouts = None if encoded else ["HWC"] * 3 + [""] * (count - 3)
+    columns = fn.external_source(source=source, num_outputs=count, batch=True, batch_info=True, layout=layouts)
+    image, label, depth, depth_scale, position, *draws = columns
+    if encoded:
+        # Stored orientation is the truth (no EXIF rotation). PNGs decode on the CPU only, JPEGs on the GPU where
+        # there is one; its chroma upsampling is told to be the CPU's.
+        image = fn.decoders.image(
+            image,
+            device="mixed" if on_gpu else "cpu",
+            output_type=types.RGB,
+            adjust_orientation=False,
+            jpeg_fancy_upsampling=True,
+            **mixed,
+        )
+        label = fn.decoders.image(label, output_type=types.GRAY, adjust_orientation=False)
+        depth = fn.decoders.image(depth, output_type=types.GRAY, dtype=types.UINT16, adjust_orientation=False)
+    if on_gpu:
+        # No copy for what is there already.
+        image, label, depth, depth_scale, position = (x.gpu() for x in (image, label, depth, depth_scale, position))
     depth = fn.cast(depth, dtype=types.FLOAT)
     if zooms:
         start, window, *draws = draws
@@ -187,16 +214,16 @@ def _mixed_options(height: int, width: int, settings: DaliConfig) -> dict[str, A
 
 
 @functools.cache
-def _blank(height: int, width: int) -> tuple[np.ndarray, ...]:
-    """An encoded black image, a label all VOID and a depth all invalid."""
-    pixels = (
-        np.zeros((height, width, 3), dtype=np.uint8),
-        np.full((height, width), VOID, dtype=np.uint8),
-        np.zeros((height, width), dtype=np.uint16),
-    )
-    encoded = []
-    for x in pixels:
-        file = io.BytesIO()
-        Image.fromarray(x).save(file, "PNG")
-        encoded.append(np.frombuffer(file.getvalue(), dtype=np.uint8))
-    return tuple(encoded)
+def _blank(height: int, width: int, encoded: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A black image, a label all VOID and a depth all invalid, each (H, W, C) or PNG-encoded."""
+    image = np.zeros((height, width, 3), dtype=np.uint8)
+    label = np.full((height, width, 1), VOID, dtype=np.uint8)
+    depth = np.zeros((height, width, 1), dtype=np.uint16)
+    return (_png(image), _png(label), _png(depth)) if encoded else (image, label, depth)
+
+
+def _png(pixels: np.ndarray) -> np.ndarray:
+    """The bytes of a PNG, uint8 (n,)."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.squeeze()).save(file, "PNG")
+    return np.frombuffer(file.getvalue(), dtype=np.uint8)

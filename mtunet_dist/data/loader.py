@@ -9,8 +9,9 @@ import torch
 
 from mtunet_dist.config import AugmentConfig, DataConfig
 from mtunet_dist.data.augmentation import Augmentation
+from mtunet_dist.data.info import DatasetInfo
 from mtunet_dist.data.order import Order
-from mtunet_dist.data.prepared import DatasetInfo, PreparedSplit
+from mtunet_dist.data.splits import Split
 from mtunet_dist.multitask import Batch
 
 
@@ -31,7 +32,7 @@ class Loader(Protocol):
 
 def make_loader(
     config: DataConfig,
-    split: PreparedSplit,
+    split: Split,
     order: Order,
     device: torch.device,
     augmentation: Augmentation | None = None,

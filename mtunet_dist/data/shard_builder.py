@@ -1,6 +1,6 @@
 """The work of ``prepare`` on one shard: read, check, resize, encode, write. Imports no torch: workers start fast.
 
-A finished shard has a sidecar, ``SHARD.tar.json``, from which a later run takes it over instead of making it again.
+A finished shard has a sidecar, ``SHARD.done``, from which a later run takes it over instead of making it again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mtunet_dist.data.prepared import FORMAT, Settings, ShardInfo, SplitInfo
+from mtunet_dist.data.info import FORMAT, Settings, ShardInfo, SplitInfo
 from mtunet_dist.data.shards import (
     EncodedSample,
     Index,
@@ -28,10 +28,13 @@ from mtunet_dist.data.shards import (
     write_json,
     write_shard,
 )
+from mtunet_dist.data.splits import file_sizes, pixels_sha256, resized
 from mtunet_dist.errors import InputError
 from mtunet_dist.schema import VOID
-from mtunet_dist.sources._images import PARTS, decode, resize
+from mtunet_dist.sources._images import decode
 from mtunet_dist.sources._source import RawSample, Sample, Source
+
+SIDECAR = ".done"
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,12 @@ class ShardTask:
     @property
     def path(self) -> Path:
         """The shard."""
-        return self.out / shard_name(self.split, self.number)
+        return self.out / shard_name(self.split, self.number, listing=self.settings.stored == "source")
 
     @property
     def sidecar(self) -> Path:
         """What says that the shard is finished, and holds its index and statistics until the dataset is complete."""
-        return self.path.with_name(self.path.name + ".json")
+        return self.path.with_name(self.path.name + SIDECAR)
 
     @property
     def fingerprint(self) -> str:
@@ -132,21 +135,28 @@ class ShardResult:
 def make_shard(task: ShardTask) -> ShardResult | list[str]:
     """Make the shard and its sidecar; or, when any sample is bad, write nothing and return what is wrong with each."""
     statistics = Statistics([0] * len(task.source.classes))
-    encoded, errors = [], []
+    encoded: list[EncodedSample] = []
+    listed: list[tuple[str, str]] = []
+    errors = []
     for files in task.samples:
         try:
             raw = task.source.read(files)
         except InputError as error:
             errors.append(str(error))
             continue
-        size = task.settings.height, task.settings.width
-        sample = RawSample(*(resize(getattr(raw, part), part, *size) for part in PARTS))
+        sample = resized(raw, task.settings.height, task.settings.width)
         statistics.add_sample(sample)
-        encoded.append(encode(files.key, sample, task.settings.rgb_format))
+        if task.settings.stored == "source":
+            listed.append((files.key, pixels_sha256(sample)))
+        else:
+            encoded.append(encode(files.key, sample, task.settings.rgb_format))
     if errors:
         return errors
-    index = write_shard(task.path, task.number, encoded)
-    shard = ShardInfo(task.path.name, len(encoded), task.path.stat().st_size, sha256(task.path))
+    if task.settings.stored == "source":
+        index = write_listing(task, listed)
+    else:
+        index = write_shard(task.path, task.number, encoded)
+    shard = ShardInfo(task.path.name, len(task.samples), task.path.stat().st_size, sha256(task.path))
     result = ShardResult(shard, index, statistics)
     write_json(task.sidecar, {"fingerprint": task.fingerprint, **dataclasses.asdict(result)})
     return result
@@ -160,6 +170,14 @@ def finished(task: ShardTask) -> ShardResult | None:
     if value["fingerprint"] != task.fingerprint or value["shard"]["bytes"] != task.path.stat().st_size:
         return None
     return ShardResult(ShardInfo(**value["shard"]), Index(**value["index"]), Statistics(**value["statistics"]))
+
+
+def write_listing(task: ShardTask, listed: list[tuple[str, str]]) -> Index:
+    """Write the keys and checksums of samples that stay in the source, and return what their files are like."""
+    write_json(task.path, listed)
+    columns = zip(*(file_sizes(sample) for sample in task.samples), strict=True)
+    spans = [[(0, size) for size in column] for column in columns]
+    return Index([key for key, _ in listed], [task.number] * len(listed), *spans)
 
 
 def encode(key: str, sample: RawSample, rgb_format: RgbFormat) -> EncodedSample:

@@ -20,7 +20,7 @@ from mtunet_dist.errors import InputError
 
 RgbFormat = Literal["jpeg", "png"]
 Span = tuple[int, int]
-"""Offset and size in bytes of a member's data in its shard."""
+"""Offset and size in bytes of a member's data in its shard; of a part left in the source, 0 and its file's size."""
 _SUFFIX: dict[RgbFormat, str] = {"jpeg": "jpg", "png": "png"}
 
 
@@ -54,9 +54,9 @@ class Index:
         self.depth += other.depth
 
 
-def shard_name(split: str, number: int) -> str:
-    """File name of a shard."""
-    return f"{split}-{number:05d}.tar"
+def shard_name(split: str, number: int, *, listing: bool = False) -> str:
+    """File name of a shard, or of the list that stands for one whose samples stay in the source."""
+    return f"{split}-{number:05d}.{'list' if listing else 'tar'}"
 
 
 def write_shard(path: Path, number: int, samples: list[EncodedSample]) -> Index:

@@ -14,7 +14,7 @@ from mtunet_dist.data.augmentation import Augmentation
 from mtunet_dist.data.batch import Pixels, as_batch, depth_scales, draws_of
 from mtunet_dist.data.broken import BrokenSamples, OnError, stand_ins
 from mtunet_dist.data.order import Order, Plan
-from mtunet_dist.data.prepared import PreparedSplit
+from mtunet_dist.data.splits import Split
 from mtunet_dist.data.torch_augmentation import augmented
 from mtunet_dist.errors import InputError
 from mtunet_dist.multitask import Batch
@@ -29,7 +29,7 @@ class TorchLoader:
 
     def __init__(
         self,
-        split: PreparedSplit,
+        split: Split,
         order: Order,
         device: torch.device,
         augmentation: Augmentation | None = None,
@@ -72,7 +72,7 @@ class TorchLoader:
 class _DecodedBatches(Dataset[Item]):
     """Decoded and augmented batches by plan."""
 
-    def __init__(self, split: PreparedSplit, augmentation: Augmentation | None) -> None:
+    def __init__(self, split: Split, augmentation: Augmentation | None) -> None:
         self.split, self.augmentation = split, augmentation
 
     def __getitem__(self, plan: Plan) -> Item:

@@ -1,0 +1,107 @@
+"""What ``dataset.json`` says of a prepared dataset."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mtunet_dist.data.shards import RgbFormat
+from mtunet_dist.schema import ClassInfo, DepthInfo
+
+FORMAT = 1
+INFO_FILE = "dataset.json"
+Stored = Literal["shards", "source"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a dataset was prepared from and how.
+
+    ``root`` as the user gave it, ``options`` those of the source. ``stored`` says where the samples are: resized in
+    shards, or at full size in the source still (``root`` is absolute then, and ``rgb_format`` means nothing).
+    """
+
+    source: str
+    root: str
+    options: dict[str, Any]
+    height: int
+    width: int
+    rgb_format: RgbFormat
+    shard_size: int
+    resize: Literal["stretch"] = "stretch"
+    stored: Stored = "shards"
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by name, the source's options among them."""
+        settings = dataclasses.asdict(self)
+        options = settings.pop("options")
+        return {**settings, **options}
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """A shard of ``count`` samples, with its size and checksum."""
+
+    file: str
+    count: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """A split and its statistics over all pixels as stored; depth in the dataset's unit, 0 where none is valid.
+
+    A sample is without label or depth when it has not one labelled or valid pixel. Datasets prepared before these
+    were counted say 0.
+    """
+
+    count: int
+    shards: tuple[ShardInfo, ...]
+    class_pixels: tuple[int, ...]
+    void_pixels: int
+    valid_depth_pixels: int
+    depth_mean: float
+    depth_min: float
+    depth_max: float
+    samples_without_label: int = 0
+    samples_without_depth: int = 0
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """The content of ``dataset.json``."""
+
+    format: int
+    name: str
+    created_by: str
+    height: int
+    width: int
+    classes: tuple[ClassInfo, ...]
+    depth: DepthInfo
+    splits: dict[str, SplitInfo]
+    settings: Settings
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> DatasetInfo:
+        """From the parsed JSON of ``dataclasses.asdict``. KeyError or TypeError when it is not that."""
+        return cls(
+            **{
+                **value,
+                "classes": tuple(ClassInfo(c["name"], tuple(c["color"])) for c in value["classes"]),
+                "depth": DepthInfo(**value["depth"]),
+                "splits": {name: _split_info(split) for name, split in value["splits"].items()},
+                "settings": Settings(**value["settings"]),
+            }
+        )
+
+
+def index_name(split: str) -> str:
+    """File name of a split's index."""
+    return f"{split}.index.json"
+
+
+def _split_info(value: dict[str, Any]) -> SplitInfo:
+    shards = tuple(ShardInfo(**shard) for shard in value["shards"])
+    return SplitInfo(**{**value, "shards": shards, "class_pixels": tuple(value["class_pixels"])})
