@@ -77,7 +77,7 @@ class CachedLoader:
 
     def _take(self, stored: Tensor, index: Tensor) -> Tensor:
         """A copy of the entries ``index`` on the device, by way of pinned memory where that makes the copy async."""
-        if stored.device == self.device:
+        if stored.device.type == self.device.type:
             return stored.index_select(0, index.to(self.device, non_blocking=True))
         pinned = torch.empty((len(index), *stored.shape[1:]), dtype=stored.dtype, pin_memory=True)
         return torch.index_select(stored, 0, index, out=pinned).to(self.device, non_blocking=True)
