@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from training import final_state
 
-from mtunet_dist import checkpoint
 from mtunet_dist.config import Config, DataConfig
 from mtunet_dist.data import node_memory
 from mtunet_dist.data.augmentation import Augmentation
@@ -87,8 +87,7 @@ def test_training_from_the_cache_ends_with_the_same_weights(make_config: Callabl
     for cache in ("none", "host", "device"):
         config = make_config(f"data.cache={cache}", "data.augment.flip=true", f"run_dir={tmp_path / cache}")
         train(config)
-        state = checkpoint.latest(Path(config.run_dir) / "checkpoints")
-        assert state is not None
+        state = final_state(config.run_dir)
         weights.append(state["strategy"]["model"])
     for other in weights[1:]:
         assert all(torch.equal(value, other[key]) for key, value in weights[0].items())

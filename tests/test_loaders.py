@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from nvidia.dali import fn, pipeline_def
+from training import final_state, on_two_ranks
 
-from mtunet_dist import checkpoint
 from mtunet_dist.baselines import ConstantPredictor
 from mtunet_dist.config import TASKS, Config, DaliConfig, DataConfig
 from mtunet_dist.data.augmentation import Augmentation
@@ -275,18 +274,16 @@ def test_two_ranks_train_past_a_broken_sample(
     words = {"dali": [], "torch": ["data.loader=torch", "data.threads=1"], "cache": ["data.cache=host"]}
     common = [f"data.root={copy.root}", "data.on_error=skip", "epochs=1", "log.pictures=0"]
     configs = [make_config(*common, f"run_dir={tmp_path / name}", *words[name]) for name in LOADERS]
-    mp.spawn(_train, args=(configs, tmp_path), nprocs=2)
+    on_two_ranks(_train, configs)
     for config in configs:
-        state = checkpoint.latest(Path(config.run_dir) / "checkpoints")
-        assert state is not None and state["step"] == 3
+        state = final_state(config.run_dir)
+        assert state["step"] == 3
         assert all(torch.isfinite(v).all() for v in state["strategy"]["model"].values())
 
 
-def _train(rank: int, configs: list[Config], folder: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+def _train(configs: list[Config]) -> None:
     for config in configs:
         train(config)
-    torch.distributed.destroy_process_group()
 
 
 def test_training_does_not_depend_on_threads_and_prefetch(make_config: Callable[..., Config], tmp_path: Path) -> None:
@@ -295,8 +292,7 @@ def test_training_does_not_depend_on_threads_and_prefetch(make_config: Callable[
         run_dir = tmp_path / f"{threads}"
         more = ["data.augment.flip=true", "data.augment.scales=[1.0,1.2]", "data.augment.hue=0.1"]
         train(make_config(*more, f"run_dir={run_dir}", f"data.threads={threads}", f"data.prefetch={prefetch}"))
-        state = checkpoint.latest(run_dir / "checkpoints")
-        assert state is not None
+        state = final_state(run_dir)
         weights.append(state["strategy"]["model"])
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 

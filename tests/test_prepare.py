@@ -119,6 +119,7 @@ def test_dataset_json_describes_what_is_stored(root: Path, tmp_path: Path) -> No
         "rgb_format": "jpeg",
         "shard_size": 2,
         "resize": "stretch",
+        "stored": "shards",
     }
     assert value["classes"][0]["name"] == "a" and value["depth"] == {"kind": "metric", "unit": "metre", "scale": 0.001}
 

@@ -25,6 +25,7 @@ from mtunet_dist.data.batch import as_batch, depth_scales, draws_of
 from mtunet_dist.data.broken import BrokenSamples, OnError, stand_ins
 from mtunet_dist.data.order import Order
 from mtunet_dist.data.splits import ShardSplit, Split
+from mtunet_dist.errors import InputError
 from mtunet_dist.multitask import Batch
 from mtunet_dist.schema import VOID
 
@@ -131,7 +132,12 @@ class DaliLoader:
             parts = dict(zip(good, map(self.split.parts, good), strict=True))
         else:
             assert self.pool is not None
-            parts = dict(zip(good, self.pool.map(self._pixels, good), strict=True))
+            parts = {}
+            for i, found in zip(good, self.pool.map(self._pixels, good), strict=True):
+                if isinstance(found, InputError):
+                    self.broken.add(i, str(found))
+                else:
+                    parts[i] = found
         rows = []
         for i, shown in zip(samples.tolist(), stand_ins(samples, self.broken.positions).tolist(), strict=True):
             if i in parts:
@@ -141,8 +147,11 @@ class DaliLoader:
                 rows.append((black if shown == i else parts[shown][0], void, no_depth))
         return [list(column) for column in zip(*rows, strict=True)]
 
-    def _pixels(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        raw = self.split.decode(i)
+    def _pixels(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | InputError:
+        try:
+            raw = self.split.decode(i)
+        except InputError as error:
+            return error
         return raw.rgb, raw.label[..., None], raw.depth[..., None]
 
 
