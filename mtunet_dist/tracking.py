@@ -35,6 +35,7 @@ class StepReport:
     weights: dict[str, float]  # loss weight per task now
     lr: float  # of the newest step
     grad_norm: float  # of the newest step, before clipping
+    skipped: int = 0  # places that samples which cannot be decoded took in batches, since this process started
 
 
 class Tracker:
@@ -88,6 +89,7 @@ class Tracker:
                 "lr": report.lr,
                 "grad_norm": report.grad_norm,
                 "samples_per_s": speed,
+                **({"skipped": report.skipped} if report.skipped else {}),
             },
         )
         left = timedelta(seconds=round((now - self.begin) / (done - self.start_step) * (self.total_steps - done)))

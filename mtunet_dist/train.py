@@ -119,7 +119,10 @@ def _report(run: Run, window: list[Tensor], lr: float) -> StepReport:
                 )
     losses = dict(zip([*tasks, "total"], steps[:, :-1].mean(0).tolist(), strict=True))
     weights = {name: weight.item() for name, weight in run.module.weighting.weights().items()}
-    return StepReport(losses, weights, lr, grad_norm=steps[-1, -1].item())
+    skipped = 0
+    if run.config.data.on_error == "skip":
+        skipped = int(distributed.all_reduce_sum(torch.tensor(run.loader.skipped, device=run.device)))
+    return StepReport(losses, weights, lr, grad_norm=steps[-1, -1].item(), skipped=skipped)
 
 
 def _evaluate(run: Run, tracker: Tracker) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from nvidia.dali import fn, pipeline_def
-from training import final_state, on_two_ranks
+from training import final_state, on_two_ranks, records
 
 from mtunet_dist.baselines import ConstantPredictor
 from mtunet_dist.config import TASKS, Config, DaliConfig, DataConfig
@@ -278,6 +278,7 @@ def test_two_ranks_train_past_a_broken_sample(
     for config in configs:
         state = final_state(config.run_dir)
         assert state["step"] == 3
+        assert records(config.run_dir, "train")[-1]["skipped"] == 1
         assert all(torch.isfinite(v).all() for v in state["strategy"]["model"].values())
 
 
