@@ -25,7 +25,7 @@ from mtunet_dist.data.prepared import PreparedDataset, verify
 from mtunet_dist.data.report import progress, table
 from mtunet_dist.data.shard_builder import SIDECAR, ShardResult, ShardTask, Statistics, finished
 from mtunet_dist.data.shard_workers import run
-from mtunet_dist.data.shards import Index, RgbFormat, write_json
+from mtunet_dist.data.shards import Index, RgbFormat, TargetFormat, write_json
 from mtunet_dist.errors import InputError, MTUNetError, command
 from mtunet_dist.sources._source import Sample, Source
 
@@ -40,6 +40,7 @@ def prepare(
     height: int = 128,
     width: int = 256,
     rgb_format: RgbFormat = "jpeg",
+    target_format: TargetFormat = "npy",
     shard_size: int = 128,
     stored: Stored = "shards",
     workers: int = 0,
@@ -59,7 +60,7 @@ def prepare(
     typed = plugin_options("source", source, given)
     if stored == "source":
         root = Path(root).resolve()
-    settings = Settings(source, str(root), typed, height, width, rgb_format, shard_size, stored=stored)
+    settings = Settings(source, str(root), typed, height, width, rgb_format, target_format, shard_size, stored=stored)
     if (out / INFO_FILE).is_file():
         _check_same(out, settings)
         console.print(f"{out} is complete")
@@ -202,6 +203,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=_size, default=(128, 256), metavar="HEIGHTxWIDTH", help="default 128x256")
     parser.add_argument("--rgb", choices=["jpeg", "png"], default="jpeg", help="jpeg: quality 95, 4:4:4; png: lossless")
     parser.add_argument(
+        "--targets", choices=["npy", "png"], default="npy", help="label and depth: npy loads faster; png is smaller"
+    )
+    parser.add_argument(
         "--shard-size", type=_integer(1), default=128, metavar="N", help="samples per shard, default 128"
     )
     parser.add_argument(
@@ -233,6 +237,7 @@ def main() -> None:
             height=height,
             width=width,
             rgb_format=args.rgb,
+            target_format=args.targets,
             shard_size=args.shard_size,
             stored="source" if args.no_copy else "shards",
             workers=args.workers,

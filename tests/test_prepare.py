@@ -85,11 +85,13 @@ def test_rgb_png_is_lossless_and_jpeg_close(root: Path, tmp_path: Path) -> None:
     assert np.abs(jpeg.astype(int) - expected).mean() < 4
 
 
-def test_shards_are_tars_that_webdataset_can_group(root: Path, tmp_path: Path) -> None:
-    run(root, tmp_path / "out")
+@pytest.mark.parametrize("targets", ["npy", "png"])
+def test_shards_are_tars_that_webdataset_can_group(root: Path, tmp_path: Path, targets: str) -> None:
+    run(root, tmp_path / "out", target_format=targets)
     with tarfile.open(tmp_path / "out/train-00001.tar") as tar:
         names = tar.getnames()
-        assert names == [f"train{i}.{part}" for i in (2, 3) for part in ("rgb.jpg", "label.png", "depth.png")]
+        parts = ("rgb.jpg", f"label.{targets}", f"depth.{targets}")
+        assert names == [f"train{i}.{part}" for i in (2, 3) for part in parts]
         assert {(m.mtime, m.uid, m.gid, m.mode) for m in tar} == {(0, 0, 0, 0o644)}
     assert (tmp_path / "out/train-00001.tar").read_bytes()[257:263] == b"ustar\0"
 
@@ -117,6 +119,7 @@ def test_dataset_json_describes_what_is_stored(root: Path, tmp_path: Path) -> No
         "height": HEIGHT,
         "width": WIDTH,
         "rgb_format": "jpeg",
+        "target_format": "npy",
         "shard_size": 2,
         "resize": "stretch",
         "stored": "shards",
@@ -246,8 +249,10 @@ def test_depth_of_16_bits_survives_in_full_range(tmp_path: Path) -> None:
     save(root / "train/label/x.png", np.zeros((256, 256), dtype=np.uint8))
     save(root / "train/rgb/x.png", np.zeros((256, 256, 3), dtype=np.uint8))
     (root / "dataset.yaml").write_text("classes: [a]\n")
-    split = run(root, tmp_path / "out", height=256, width=256).split("train")
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(split.parts(0)[2].tobytes()))), depth)
+    for targets, read in (("png", lambda file: np.asarray(Image.open(file))), ("npy", np.load)):
+        split = run(root, tmp_path / targets, height=256, width=256, target_format=targets).split("train")
+        np.testing.assert_array_equal(read(io.BytesIO(split.parts(0)[2].tobytes())), depth)
+        np.testing.assert_array_equal(split.decode(0).depth, depth)
 
 
 def test_command_line_prepares_reports_and_verifies(

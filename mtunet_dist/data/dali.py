@@ -30,6 +30,8 @@ from mtunet_dist.multitask import Batch
 from mtunet_dist.schema import VOID
 
 OUTPUTS = ["image", "label", "depth", "depth_scale", "sample"]
+Parts = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""RGB, label and depth of a sample: encoded, uint8 (n,), or pixels (H, W, C)."""
 JPEG_BYTES_PER_PIXEL = 12  # what nvJPEG needs between bits and RGB: three planes of int16 coefficients and of pixels
 
 
@@ -51,7 +53,10 @@ class DaliLoader:
         self.split, self.order, self.device, self.augmentation = split, order, device, augmentation
         self.threads, self.prefetch, self.settings = threads, prefetch, settings or DaliConfig()
         self.broken = BrokenSamples(on_error)
+        self.failure: InputError | None = None  # met while reading ahead; raised when its batch is due
         self.pool = None if isinstance(split, ShardSplit) else ThreadPoolExecutor(threads)
+        # Whether RGB, and whether the targets, come to the pipeline encoded.
+        self.encoded = (True, split.encoded_targets) if isinstance(split, ShardSplit) else (False, False)
 
     @property
     def skipped(self) -> int:
@@ -68,6 +73,8 @@ class DaliLoader:
             try:
                 (out,) = next(iterator)
             except StopIteration:
+                if self.failure is not None:
+                    raise self.failure from None
                 return
             except RuntimeError:
                 # DALI's message does not say which sample it was; if none was, the error is DALI's own.
@@ -90,7 +97,7 @@ class DaliLoader:
             size=(info.height, info.width),
             zooms=augmentation is not None and augmentation.zooms,
             colors=augmentation is not None and augmentation.colors,
-            encoded=self.pool is None,
+            encoded=self.encoded,
             flips=augmentation is not None and augmentation.flip,
             on_gpu=on_gpu,
             mixed=_mixed_options(info.height, info.width, self.settings) if on_gpu else {},
@@ -113,7 +120,11 @@ class DaliLoader:
                 raise StopIteration
             plan = self.order.plan(index)
             draws = draws_of(plan, augmentation)
-            columns = self._parts(plan.samples)
+            try:
+                columns = self._parts(plan.samples)
+            except InputError as error:
+                self.failure = error
+                raise StopIteration from None
             columns += [list(map(np.asarray, x)) for x in (depth_scales(plan, draws, scale), plan.samples)]
             if augmentation is not None and augmentation.zooms:
                 columns += [[np.array([d.top, d.left]) for d in draws], [np.array([d.height, d.width]) for d in draws]]
@@ -128,38 +139,41 @@ class DaliLoader:
     def _parts(self, samples: np.ndarray) -> list[list[np.ndarray]]:
         """Images, labels and depths of ``samples``, encoded or not, with stand-ins for those known to be broken."""
         good = [i for i in samples.tolist() if i not in self.broken.positions]
-        if isinstance(self.split, ShardSplit):
-            parts = dict(zip(good, map(self.split.parts, good), strict=True))
-        else:
-            assert self.pool is not None
-            parts = {}
-            for i, found in zip(good, self.pool.map(self._pixels, good), strict=True):
-                if isinstance(found, InputError):
-                    self.broken.add(i, str(found))
-                else:
-                    parts[i] = found
+        parts = {}
+        for i, found in zip(good, (self.pool.map if self.pool else map)(self._read, good), strict=True):
+            if isinstance(found, InputError):
+                self.broken.add(i, str(found))
+            else:
+                parts[i] = found
         rows = []
         for i, shown in zip(samples.tolist(), stand_ins(samples, self.broken.positions).tolist(), strict=True):
             if i in parts:
                 rows.append(parts[i])
             else:
-                black, void, no_depth = _blank(self.split.info.height, self.split.info.width, self.pool is None)
+                black, void, no_depth = _blank(self.split.info.height, self.split.info.width, *self.encoded)
                 rows.append((black if shown == i else parts[shown][0], void, no_depth))
         return [list(column) for column in zip(*rows, strict=True)]
 
-    def _pixels(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | InputError:
+    def _read(self, i: int) -> Parts | InputError:
+        """RGB, label and depth of sample ``i`` as the pipeline takes them; the error of a damaged one."""
         try:
-            raw = self.split.decode(i)
+            if not isinstance(self.split, ShardSplit):
+                raw = self.split.decode(i)
+                return raw.rgb, raw.label[..., None], raw.depth[..., None]
+            parts = self.split.parts(i)
+            if self.split.encoded_targets:
+                return parts
+            label, depth = self.split.targets(i)
+            return parts[0], label[..., None], depth[..., None]
         except InputError as error:
             return error
-        return raw.rgb, raw.label[..., None], raw.depth[..., None]
 
 
 def _graph(
     source: Any,
     *,
     size: tuple[int, int],
-    encoded: bool,
+    encoded: tuple[bool, bool],
     zooms: bool,
     colors: bool,
     flips: bool,
@@ -167,11 +181,12 @@ def _graph(
     mixed: dict[str, Any],
 ) -> tuple[Any, ...]:
     count = len(OUTPUTS) + 2 * zooms + colors + flips
+    encoded_rgb, encoded_targets = encoded
     # Layouts are the decoders' to say, or ours.
-    layouts = None if encoded else ["HWC"] * 3 + [""] * (count - 3)
+    layouts = ["" if encoded_rgb else "HWC", *["" if encoded_targets else "HWC"] * 2, *[""] * (count - 3)]
     columns = fn.external_source(source=source, num_outputs=count, batch=True, batch_info=True, layout=layouts)
     image, label, depth, depth_scale, position, *draws = columns
-    if encoded:
+    if encoded_rgb:
         # Stored orientation is the truth (no EXIF rotation). PNGs decode on the CPU only, JPEGs on the GPU where
         # there is one; its chroma upsampling is told to be the CPU's.
         image = fn.decoders.image(
@@ -182,6 +197,7 @@ def _graph(
             jpeg_fancy_upsampling=True,
             **mixed,
         )
+    if encoded_targets:
         label = fn.decoders.image(label, output_type=types.GRAY, adjust_orientation=False)
         depth = fn.decoders.image(depth, output_type=types.GRAY, dtype=types.UINT16, adjust_orientation=False)
     if on_gpu:
@@ -223,12 +239,14 @@ def _mixed_options(height: int, width: int, settings: DaliConfig) -> dict[str, A
 
 
 @functools.cache
-def _blank(height: int, width: int, encoded: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A black image, a label all VOID and a depth all invalid, each (H, W, C) or PNG-encoded."""
+def _blank(height: int, width: int, encoded_rgb: bool, encoded_targets: bool) -> Parts:
+    """A black image, a label all VOID and a depth all invalid, (H, W, C) or PNG-encoded."""
     image = np.zeros((height, width, 3), dtype=np.uint8)
     label = np.full((height, width, 1), VOID, dtype=np.uint8)
     depth = np.zeros((height, width, 1), dtype=np.uint16)
-    return (_png(image), _png(label), _png(depth)) if encoded else (image, label, depth)
+    if encoded_rgb:
+        image = _png(image)
+    return (image, _png(label), _png(depth)) if encoded_targets else (image, label, depth)
 
 
 def _png(pixels: np.ndarray) -> np.ndarray:

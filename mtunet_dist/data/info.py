@@ -6,10 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mtunet_dist.data.shards import RgbFormat
+from mtunet_dist.data.shards import RgbFormat, TargetFormat
 from mtunet_dist.schema import ClassInfo, DepthInfo
 
-FORMAT = 1
+FORMAT = 2
 INFO_FILE = "dataset.json"
 Stored = Literal["shards", "source"]
 
@@ -19,7 +19,7 @@ class Settings:
     """What a dataset was prepared from and how.
 
     ``root`` as the user gave it, ``options`` those of the source. ``stored`` says where the samples are: resized in
-    shards, or at full size in the source still (``root`` is absolute then, and ``rgb_format`` means nothing).
+    shards, or at full size in the source still (``root`` is absolute then, and the formats mean nothing).
     """
 
     source: str
@@ -28,6 +28,7 @@ class Settings:
     height: int
     width: int
     rgb_format: RgbFormat
+    target_format: TargetFormat
     shard_size: int
     resize: Literal["stretch"] = "stretch"
     stored: Stored = "shards"

@@ -22,13 +22,14 @@ from mtunet_dist.data.shards import (
     EncodedSample,
     Index,
     RgbFormat,
+    TargetFormat,
     read_json,
     sha256,
     shard_name,
     write_json,
     write_shard,
 )
-from mtunet_dist.data.splits import file_sizes, pixels_sha256, resized
+from mtunet_dist.data.splits import file_sizes, npy_header, pixels_sha256, resized
 from mtunet_dist.errors import InputError
 from mtunet_dist.schema import VOID
 from mtunet_dist.sources._images import decode
@@ -149,7 +150,7 @@ def make_shard(task: ShardTask) -> ShardResult | list[str]:
         if task.settings.stored == "source":
             listed.append((files.key, pixels_sha256(sample)))
         else:
-            encoded.append(encode(files.key, sample, task.settings.rgb_format))
+            encoded.append(encode(files.key, sample, task.settings.rgb_format, task.settings.target_format))
     if errors:
         return errors
     if task.settings.stored == "source":
@@ -175,21 +176,26 @@ def finished(task: ShardTask) -> ShardResult | None:
 def write_listing(task: ShardTask, listed: list[tuple[str, str]]) -> Index:
     """Write the keys and checksums of samples that stay in the source, and return what their files are like."""
     write_json(task.path, listed)
-    columns = zip(*(file_sizes(sample) for sample in task.samples), strict=True)
-    spans = [[(0, size) for size in column] for column in columns]
-    return Index([key for key, _ in listed], [task.number] * len(listed), *spans)
+    index = Index()
+    for sample in task.samples:
+        rgb, label, depth = ((0, size) for size in file_sizes(sample))
+        index.extend(Index([sample.key], [task.number], [rgb], [label], [depth], [(0, 0, 0)]))
+    return index
 
 
-def encode(key: str, sample: RawSample, rgb_format: RgbFormat) -> EncodedSample:
+def encode(key: str, sample: RawSample, rgb_format: RgbFormat, target_format: TargetFormat) -> EncodedSample:
     """Label and depth losslessly; RGB as JPEG of quality 95 without chroma subsampling, or as PNG."""
     if rgb_format == "jpeg":
         rgb = _encoded(sample.rgb, "JPEG", quality=95, subsampling="4:4:4")
     else:
         rgb = _encoded(sample.rgb, "PNG")
-    label, depth = _encoded(sample.label, "PNG"), _encoded(sample.depth, "PNG")
-    assert np.array_equal(decode(label, "label", key), sample.label), key
-    assert np.array_equal(decode(depth, "depth", key), sample.depth), key
-    return EncodedSample(key, rgb_format, rgb, label, depth)
+    if target_format == "npy":
+        label, depth = (npy_header(x) + x.tobytes() for x in (sample.label, sample.depth))
+    else:
+        label, depth = _encoded(sample.label, "PNG"), _encoded(sample.depth, "PNG")
+        assert np.array_equal(decode(label, "label", key), sample.label), key
+        assert np.array_equal(decode(depth, "depth", key), sample.depth), key
+    return EncodedSample(key, rgb_format, target_format, rgb, label, depth)
 
 
 def _encoded(pixels: np.ndarray, file_format: str, **options: int | str) -> bytes:

@@ -1,7 +1,8 @@
 """Shards: plain tar files as WebDataset reads them, with an index of byte spans for random access by mmap.
 
-A sample is three members, ``KEY.rgb.jpg`` (or ``.png``), ``KEY.label.png`` and ``KEY.depth.png``. The bytes depend on
-the samples alone (fixed owner, mode and time), so a checksum identifies the data. Files appear whole or not at all.
+A sample is three members, ``KEY.rgb.jpg`` (or ``.png``), ``KEY.label.npy`` and ``KEY.depth.npy`` (or ``.png``). The
+bytes depend on the samples alone (fixed owner, mode and time), so a checksum identifies the data. Files appear whole or
+not at all. The index has a CRC-32 of each member too: neither JPEG nor npy would show a flipped bit.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import io
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,17 +21,19 @@ from typing import Any, BinaryIO, Literal
 from mtunet_dist.errors import InputError
 
 RgbFormat = Literal["jpeg", "png"]
+TargetFormat = Literal["npy", "png"]
 Span = tuple[int, int]
 """Offset and size in bytes of a member's data in its shard; of a part left in the source, 0 and its file's size."""
-_SUFFIX: dict[RgbFormat, str] = {"jpeg": "jpg", "png": "png"}
+_SUFFIX = {"jpeg": "jpg", "png": "png", "npy": "npy"}
 
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """A sample as its shard holds it: three encoded images."""
+    """A sample as its shard holds it: the encoded image, and its targets as arrays or encoded."""
 
     key: str
     rgb_format: RgbFormat
+    target_format: TargetFormat
     rgb: bytes
     label: bytes
     depth: bytes
@@ -44,6 +48,7 @@ class Index:
     rgb: list[Span] = field(default_factory=list)
     label: list[Span] = field(default_factory=list)
     depth: list[Span] = field(default_factory=list)
+    crc32: list[tuple[int, int, int]] = field(default_factory=list)  # of RGB, label and depth; 0 for parts not stored
 
     def extend(self, other: Index) -> None:
         """Append the samples of ``other``."""
@@ -52,6 +57,7 @@ class Index:
         self.rgb += other.rgb
         self.label += other.label
         self.depth += other.depth
+        self.crc32 += other.crc32
 
 
 def shard_name(split: str, number: int, *, listing: bool = False) -> str:
@@ -69,8 +75,10 @@ def write_shard(path: Path, number: int, samples: list[EncodedSample]) -> Index:
                 index.keys.append(sample.key)
                 index.shard.append(number)
                 index.rgb.append(_add(tar, f"{sample.key}.rgb.{_SUFFIX[sample.rgb_format]}", sample.rgb))
-                index.label.append(_add(tar, f"{sample.key}.label.png", sample.label))
-                index.depth.append(_add(tar, f"{sample.key}.depth.png", sample.depth))
+                suffix = _SUFFIX[sample.target_format]
+                index.label.append(_add(tar, f"{sample.key}.label.{suffix}", sample.label))
+                index.depth.append(_add(tar, f"{sample.key}.depth.{suffix}", sample.depth))
+                index.crc32.append((zlib.crc32(sample.rgb), zlib.crc32(sample.label), zlib.crc32(sample.depth)))
 
     write_atomically(path, write)
     return index

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,15 +30,17 @@ class Split:
         self.root, self.info, self.names = root, info, names
         self.shards: list[ShardInfo] = []
         self.keys: list[str] = []
-        shard_numbers, spans = [], []
+        shard_numbers, spans, crcs = [], [], []
         for name in names:
             index = _read_index(root / index_name(name), info.splits[name])
             shard_numbers.append(np.array(index.shard, dtype=np.int32) + len(self.shards))
             spans.append(np.array([index.rgb, index.label, index.depth], dtype=np.int64))
             self.keys += index.keys
             self.shards += info.splits[name].shards
+            crcs.append(np.array(index.crc32, dtype=np.int64).reshape(-1, len(PARTS)))
         self._shard = np.concatenate(shard_numbers)  # (N,)
         self._spans = np.concatenate(spans, axis=1)  # (part, N, offset and size)
+        self._crc = np.concatenate(crcs)  # (N, part)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -71,31 +75,51 @@ class ShardSplit(Split):
 
     def __init__(self, root: Path, info: DatasetInfo, names: list[str]) -> None:
         super().__init__(root, info, names)
+        self.encoded_targets = info.settings.target_format == "png"
+        size = (info.height, info.width)
+        self._headers = [npy_header(np.empty(size, dtype)) for dtype in (np.uint8, np.uint16)]
         self._maps: dict[int, np.ndarray] = {}
+        self._checked = np.zeros(len(self), dtype=bool)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
 
     def parts(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The encoded RGB, label and depth of sample ``i``: read-only uint8 views into the mapped shard."""
+        """The encoded RGB, label and depth of sample ``i``: read-only uint8 views into the mapped shard.
+
+        Raises InputError that names shard and key if they are damaged; each sample is checked when it is first read.
+        """
         number = int(self._shard[i])
         if number not in self._maps:
             self._maps[number] = np.memmap(self.root / self.shards[number].file, mode="r").view(np.ndarray)
         shard = self._maps[number]
         rgb, label, depth = (shard[offset : offset + size] for offset, size in self._spans[:, i])
+        if not self._checked[i]:
+            for part, data, crc in zip(PARTS, (rgb, label, depth), self._crc[i].tolist(), strict=True):
+                if zlib.crc32(data.data) != crc:
+                    raise InputError(f"{part} of {self.describe(i)} is damaged: its checksum differs")
+            self._checked[i] = True
         return rgb, label, depth
+
+    def targets(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Label uint8 and depth uint16 (H, W) of sample ``i`` where they are stored as arrays: read-only views.
+
+        Raises InputError as ``parts``.
+        """
+        assert not self.encoded_targets
+        arrays = []
+        for data, header, dtype in zip(self.parts(i)[1:], self._headers, (np.uint8, np.uint16), strict=True):
+            assert data[: len(header)].tobytes() == header, self.describe(i)
+            arrays.append(data[len(header) :].view(dtype).reshape(self.info.height, self.info.width))
+        label, depth = arrays
+        return label, depth
 
     def decode(self, i: int) -> RawSample:
         """Sample ``i`` decoded with PIL, in read-only arrays. Raises InputError that names shard and key."""
         where = self.describe(i)
-        shape = (self.info.height, self.info.width)
-        images = []
-        for part, data in zip(PARTS, self.parts(i), strict=True):
-            image = decode(data.tobytes(), part, f"{part} of {where}")
-            if image.shape[:2] != shape:
-                raise InputError(f"{part} of {where}: size {image.shape[:2]} instead of {shape}")
-            images.append(image)
-        return RawSample(*images)
+        encoded = PARTS if self.encoded_targets else PARTS[:1]
+        images = [decode(x.tobytes(), p, f"{p} of {where}") for p, x in zip(encoded, self.parts(i), strict=False)]
+        return RawSample(*images) if self.encoded_targets else RawSample(images[0], *self.targets(i))
 
     def describe(self, i: int) -> str:
         """``KEY in SHARD``, for messages."""
@@ -146,6 +170,13 @@ def resized(raw: RawSample, height: int, width: int) -> RawSample:
     return RawSample(*(resize(getattr(raw, part), part, height, width) for part in PARTS))
 
 
+def npy_header(array: np.ndarray) -> bytes:
+    """What comes before the data of ``array`` in an npy file."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    return file.getvalue()
+
+
 def pixels_sha256(sample: RawSample) -> str:
     """Checksum of the pixels of ``sample``, in hexadecimal."""
     digest = hashlib.sha256()
@@ -168,7 +199,7 @@ def _read_index(path: Path, split: SplitInfo) -> Index:
         index = Index(**read_json(path))
     except TypeError as error:
         raise InputError(f"{path}: damaged: {error}") from None
-    columns = (index.keys, index.shard, index.rgb, index.label, index.depth)
+    columns = (index.keys, index.shard, index.rgb, index.label, index.depth, index.crc32)
     if {len(column) for column in columns} != {split.count}:
         raise InputError(f"{path}: lists {len(index.keys)} samples instead of {split.count}")
     return index
