@@ -4,23 +4,25 @@
     python benchmarks/loader.py data/nyuv2 --out benchmarks/results/loader_cpu
 
 Every loader gives batches of uint8 images, uint8 labels and float32 depths, shuffled, without augmentation unless its
-name says so. Others read what the prepared dataset holds: the same JPEG and PNG bytes as single files, the same shards
-(webdataset), or arrays as MTAN stores them (npy). Each runs in a process of its own, one at a time; they take turns
-for ``--rounds`` rounds. CPU seconds are of all its processes; memory is the largest sum of their proportional set
-sizes (PSS), shared pages split among those that share them. Writes OUT.md, OUT.csv and OUT.png.
+name says so. Others read the same images as single files (the JPEGs of the shards, targets as PNG as published, or as
+npy like ours), the same shards (webdataset), or arrays as MTAN stores them. Each runs in a process of its own, one at a
+time, for ``--seconds``; they take turns for ``--rounds`` rounds. CPU seconds are of all its processes; memory is the
+largest sum of their proportional set sizes (PSS), shared pages split among those that share them. Writes OUT.md,
+OUT.csv and OUT.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import io
 import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,10 +46,10 @@ from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.data.splits import ShardSplit
 from mtunet_dist.errors import command
 from mtunet_dist.prepare import prepare
+from mtunet_dist.sources._images import PARTS
 from mtunet_dist.tracking import environment
 
 Item = tuple[np.ndarray, np.ndarray, np.ndarray]
-SUFFIX = {"rgb": "jpg", "label": "png", "depth": "png"}
 CLOCK = os.sysconf("SC_CLK_TCK")
 
 
@@ -56,7 +58,7 @@ class Setting:
     """What every variant is given."""
 
     config: Config
-    files: Path  # {rgb,label,depth}/i.{jpg,png}: the encoded parts of the training split as single files
+    files: Path  # rgb/i.jpg, {label,depth}/i.{png,npy}: the training split as single files
     npy: Path  # {image,label,depth}/i.npy, as MTAN's
     scale: float  # of stored depth
     lossless: Path | None  # the same dataset prepared with PNG images, if its source is still there
@@ -75,29 +77,39 @@ def ours(setting: Setting, *, root: Path | None = None, scales: tuple[float, ...
     return make_loader(replace(config.data, **changes), split, order, device, augmentation).batches()
 
 
-def opencv_item(parts: Sequence[bytes], scale: np.float32) -> Item:
-    """A sample from its encoded RGB, label and depth."""
-    rgb, label, depth = (cv2.imdecode(np.frombuffer(part, np.uint8), cv2.IMREAD_UNCHANGED) for part in parts)
-    assert rgb is not None and label is not None and depth is not None
-    return cv2.cvtColor(rgb, cv2.COLOR_BGR2RGB).transpose(2, 0, 1), label, depth.astype(np.float32)[None] * scale
+def with_opencv(data: bytes) -> np.ndarray:
+    """An image, colours as BGR."""
+    image: np.ndarray | None = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert image is not None
+    return image
+
+
+def with_pil(data: bytes) -> np.ndarray:
+    """An image, colours as RGB."""
+    return np.array(Image.open(io.BytesIO(data)))
+
+
+def as_item(rgb: np.ndarray, label: np.ndarray, depth: np.ndarray, scale: float) -> Item:
+    """What every loader makes of a sample's pixels."""
+    return rgb.transpose(2, 0, 1), label, depth.astype(np.float32)[None] * np.float32(scale)
 
 
 class Files(Dataset[Item]):
-    """Single image files, decoded with OpenCV or PIL."""
+    """Single files, images among them decoded with OpenCV or PIL."""
 
-    def __init__(self, folder: Path, scale: float, *, opencv: bool) -> None:
-        self.folder, self.scale, self.opencv = folder, np.float32(scale), opencv
-        self.count = sum(1 for _ in (folder / "rgb").iterdir())
+    def __init__(self, setting: Setting, *, opencv: bool, targets: str) -> None:
+        self.folder, self.scale, self.opencv, self.targets = setting.files, setting.scale, opencv, targets
+        self.count = sum(1 for _ in (self.folder / "rgb").iterdir())
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, i: int) -> Item:
-        paths = [self.folder / part / f"{i}.{suffix}" for part, suffix in SUFFIX.items()]
-        if self.opencv:
-            return opencv_item([path.read_bytes() for path in paths], self.scale)
-        rgb, label, depth = (np.asarray(Image.open(path)) for path in paths)
-        return rgb.transpose(2, 0, 1), label.copy(), depth.astype(np.float32)[None] * self.scale
+        decode = with_opencv if self.opencv else with_pil
+        rgb = decode((self.folder / "rgb" / f"{i}.jpg").read_bytes())
+        paths = [self.folder / part / f"{i}.{self.targets}" for part in ("label", "depth")]
+        label, depth = (np.load(p) if self.targets == "npy" else decode(p.read_bytes()) for p in paths)
+        return as_item(cv2.cvtColor(rgb, cv2.COLOR_BGR2RGB) if self.opencv else rgb, label, depth, self.scale)
 
 
 class Npy(Dataset[Item]):
@@ -134,7 +146,9 @@ class Decode:
     scale: float
 
     def __call__(self, sample: dict[str, bytes]) -> Item:
-        return opencv_item([sample[key] for key in ("rgb.jpg", "label.png", "depth.png")], np.float32(self.scale))
+        rgb = cv2.cvtColor(with_opencv(sample["rgb.jpg"]), cv2.COLOR_BGR2RGB)
+        label, depth = (np.load(io.BytesIO(sample[key])) for key in ("label.npy", "depth.npy"))
+        return as_item(rgb, label, depth, self.scale)
 
 
 def from_webdataset(setting: Setting) -> Iterator[Any]:
@@ -142,9 +156,9 @@ def from_webdataset(setting: Setting) -> Iterator[Any]:
     dataset = PreparedDataset(Path(setting.config.data.root))
     shards = [str(dataset.root / shard.file) for shard in dataset.split(setting.config.data.train).shards]
     samples = webdataset.WebDataset(shards, shardshuffle=len(shards), seed=0).shuffle(256)
-    batches = samples.map(Decode(dataset.info.depth.scale)).batched(setting.config.batch_size, partial=False)
+    batches = samples.map(Decode(dataset.info.depth.scale)).batched(setting.config.batch_size, partial=False).repeat()
     workers = min(setting.config.data.threads, len(shards))
-    return endless(webdataset.WebLoader(batches, batch_size=None, num_workers=workers))
+    return iter(webdataset.WebLoader(batches, batch_size=None, num_workers=workers))
 
 
 def variants(setting: Setting, device: torch.device) -> dict[str, Callable[[Setting], Iterator[Any]]]:
@@ -152,18 +166,19 @@ def variants(setting: Setting, device: torch.device) -> dict[str, Callable[[Sett
     augmented = (1.0, 1.2, 1.5)
     decoder = "DALI, mixed" if device.type == "cuda" else "DALI"
     found: dict[str, Callable[[Setting], Iterator[Any]]] = {
-        f"ours: {decoder}, JPEG shards": lambda s: ours(s, loader="dali"),
-        f"ours: {decoder}, JPEG shards, scale-crop and flip": lambda s: ours(s, loader="dali", scales=augmented),
-        "ours: torch reference, JPEG shards": lambda s: ours(s, loader="torch"),
+        f"ours: {decoder}": lambda s: ours(s, loader="dali"),
+        f"ours: {decoder}, scale-crop and flip": lambda s: ours(s, loader="dali", scales=augmented),
+        "ours: torch reference": lambda s: ours(s, loader="torch"),
         "ours: cache=host": lambda s: ours(s, cache="host"),
         "ours: cache=host, scale-crop and flip": lambda s: ours(s, cache="host", scales=augmented),
-        "DataLoader + OpenCV, files": lambda s: dataloader(Files(s.files, s.scale, opencv=True), s),
-        "DataLoader + PIL, files": lambda s: dataloader(Files(s.files, s.scale, opencv=False), s),
+        "DataLoader + OpenCV, JPEG and PNG": lambda s: dataloader(Files(s, opencv=True, targets="png"), s),
+        "DataLoader + PIL, JPEG and PNG": lambda s: dataloader(Files(s, opencv=False, targets="png"), s),
+        "DataLoader + OpenCV, JPEG and npy": lambda s: dataloader(Files(s, opencv=True, targets="npy"), s),
         "DataLoader, npy as MTAN": lambda s: dataloader(Npy(s.npy), s),
-        "webdataset + OpenCV, JPEG shards": from_webdataset,
+        "webdataset + OpenCV, our shards": from_webdataset,
     }
     if setting.lossless:
-        found[f"ours: {decoder}, PNG shards"] = lambda s: ours(s, loader="dali", root=s.lossless)
+        found[f"ours: {decoder}, shards of PNGs"] = lambda s: ours(s, loader="dali", root=s.lossless)
     if device.type == "cuda":
         found["ours: cache=device"] = lambda s: ours(s, cache="device")
         found["ours: cache=device, scale-crop and flip"] = lambda s: ours(s, cache="device", scales=augmented)
@@ -175,12 +190,14 @@ def write_files(config: Config, files: Path, npy: Path) -> None:
     dataset = PreparedDataset(Path(config.data.root))
     split = dataset.split(config.data.train)
     assert isinstance(split, ShardSplit)
-    for folder in (*(files / part for part in SUFFIX), *(npy / part for part in ("image", "label", "depth"))):
+    for folder in (*(files / part for part in PARTS), *(npy / part for part in ("image", "label", "depth"))):
         folder.mkdir(parents=True)
     for i in track(range(len(split)), description="writing the same images for the others", transient=True):
-        for (part, suffix), data in zip(SUFFIX.items(), split.parts(i), strict=True):
-            (files / part / f"{i}.{suffix}").write_bytes(data.tobytes())
+        (files / "rgb" / f"{i}.jpg").write_bytes(split.parts(i)[0].tobytes())
         raw = split.decode(i)
+        for part, pixels in (("label", raw.label), ("depth", raw.depth)):
+            Image.fromarray(pixels).save(files / part / f"{i}.png")
+            np.save(files / part / f"{i}.npy", pixels)
         np.save(npy / "image" / f"{i}.npy", raw.rgb / 255.0)
         np.save(npy / "label" / f"{i}.npy", np.where(raw.label == 255, -1.0, raw.label))
         np.save(npy / "depth" / f"{i}.npy", raw.depth[..., None] * dataset.info.depth.scale)
@@ -198,6 +215,7 @@ def prepare_lossless(config: Config, out: Path) -> Path | None:
         height=there.height,
         width=there.width,
         rgb_format="png",
+        target_format="png",
         workers=2,
         options=there.options,
     )
@@ -220,52 +238,51 @@ def usage() -> tuple[float, float]:
     return cpu, kib / 1024
 
 
-def measure(name: str, setting: Setting, batches: int, results: Any) -> None:
-    """In a process of its own: seconds, CPU seconds and peak MiB of ``batches`` batches after a warm-up."""
+def measure(name: str, setting: Setting, seconds: float, results: Any) -> None:
+    """In a process of its own: batches, seconds, CPU seconds and peak MiB, over ``seconds`` after a warm-up."""
     os.setsid()
+    torch.set_num_threads(1)  # as torchrun has it
     device = distributed.pick_device(setting.config.device)
     iterator = variants(setting, device)[name](setting)
-    for _ in range(max(10, batches // 10)):
+    split = PreparedDataset(Path(setting.config.data.root)).split(setting.config.data.train)
+    for _ in range(len(split) // setting.config.batch_size):  # an epoch: every file has been read once
         next(iterator)
     if device.type == "cuda":
         torch.cuda.synchronize()
     cpu, memory = usage()
     start = time.perf_counter()
-    for n in range(batches):
+    batches = 0
+    while time.perf_counter() - start < seconds:
         next(iterator)
-        if n == batches // 2:
-            memory = max(memory, usage()[1])
+        batches += 1
     if device.type == "cuda":
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
+    elapsed = time.perf_counter() - start
     after, held = usage()
-    results.put((seconds, after - cpu, max(memory, held)))
+    results.put((batches, elapsed, after - cpu, max(memory, held)))
     results.close()
     results.join_thread()
     os._exit(0)  # endless loaders have no end to wait for
 
 
-def run(setting: Setting, names: list[str], batches: int, rounds: int) -> dict[str, list[float]]:
+def run(setting: Setting, names: list[str], seconds: float, rounds: int) -> dict[str, list[float]]:
     """Name -> medians over rounds of images/s, CPU seconds per 1000 images, MiB."""
     context = multiprocessing.get_context("spawn")
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
     turns = [(n, name) for n in range(rounds) for name in names]
     for _, name in track(turns, description="measuring", transient=True):
         results = context.Queue()
-        process = context.Process(target=measure, args=(name, setting, batches, results))
+        process = context.Process(target=measure, args=(name, setting, seconds, results))
         process.start()
         while process.is_alive() and results.empty():
             process.join(0.2)
         if results.empty():
             sys.exit(f"error: '{name}' ended without a result, exit code {process.exitcode}")
-        found[name].append(results.get())
+        batches, elapsed, cpu, memory = results.get()
+        images = batches * setting.config.batch_size
+        found[name].append((images / elapsed, cpu / images * 1000, memory))
         process.join()
-    images = batches * setting.config.batch_size
-    table = {}
-    for name, rows in found.items():
-        seconds, cpu, memory = (statistics.median(column) for column in zip(*rows, strict=True))
-        table[name] = [images / seconds, cpu / images * 1000, memory]
-    return table
+    return {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in found.items()}
 
 
 def write(out: Path, table: dict[str, list[float]], title: str) -> str:
@@ -304,7 +321,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", metavar="DATASET", help="a dataset prepared with --rgb jpeg")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--batches", type=int, default=300, metavar="N", help="timed batches per turn")
+    parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="timed per turn")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="results, without suffix")
     args = parser.parse_intermixed_args()
@@ -316,13 +333,13 @@ def main() -> None:
         scale = PreparedDataset(Path(args.root)).info.depth.scale
         setting = Setting(config, files, npy, scale, prepare_lossless(config, folder / "lossless"))
         device = distributed.pick_device(config.device)
-        table = run(setting, list(variants(setting, device)), args.batches, args.rounds)
+        table = run(setting, list(variants(setting, device)), args.seconds, args.rounds)
     info = PreparedDataset(Path(args.root)).info
     machine = {k: v for k, v in environment().items() if k in ("mtunet_dist", "git", "python", "torch", "cpus", "gpus")}
     title = (
         f"`python benchmarks/loader.py {' '.join(sys.argv[1:])}`: {info.height}x{info.width}, batch "
         f"{config.batch_size}, {config.data.threads} threads or workers, medians of {args.rounds} turns of "
-        f"{args.batches} batches. {machine}"
+        f"{args.seconds:g} s. {machine}"
     )
     Console().print(write(args.out, table, title), markup=False, soft_wrap=True)
 
