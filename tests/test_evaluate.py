@@ -39,8 +39,9 @@ def evaluated(config: Config) -> Evaluation:
     return evaluate(step, eval_loader(config, dataset.split("train+val"), CPU), CPU)
 
 
-def test_three_ranks_with_uneven_shards_agree_with_one(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config("eval_batch_size=4")  # 17 samples, 5 batches: 2, 2 and 1 for the ranks
+@pytest.mark.parametrize("batch", [4, 10])  # of 17 samples: 5 batches, 2, 2 and 1 for the ranks; or 1, 1 and none
+def test_three_ranks_with_uneven_shards_agree_with_one(make_config: MakeConfig, tmp_path: Path, batch: int) -> None:
+    config = make_config(f"eval_batch_size={batch}")
     mp.spawn(_rank, args=(config, tmp_path), nprocs=3)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the ranks: with others, convolutions round differently
