@@ -1,7 +1,8 @@
 """Every setting of a run: frozen dataclasses < YAML file < ``key=value`` on the command line.
 
 The sections ``model``, ``weighting`` and ``strategy`` name a plugin and hold its options beside the name; they are
-checked against, and completed from, the plugin's own parameters. OmegaConf does the merging and stays in this file.
+checked against, and completed from, the plugin's own parameters; an override of the name to another plugin's leaves
+out the options that the file gives to the one it names. OmegaConf does the merging and stays in this file.
 
 On the command line the value of a string is what follows the ``=``, character for character; every other value is
 YAML. In a file ``${...}`` refers to another key, and ``\\${`` is a literal ``${``.
@@ -221,8 +222,8 @@ def _plugin_section(kind: str, section: dict[str, Any], overrides: Sequence[str]
     options = dict(section)
     name = options.pop("name", None)
     for word in overrides:
-        if word.startswith("name="):
-            name = word.removeprefix("name=")
+        if word.startswith("name=") and word.removeprefix("name=") != name:
+            name, options = word.removeprefix("name="), {}
     if not isinstance(name, str):
         raise InputError(f"{kind}.name is missing. Available: {', '.join(plugins.available(kind))}")
     words = [word for word in overrides if not word.startswith("name=")]

@@ -132,6 +132,20 @@ def test_text_options_of_plugins_arrive_as_they_stand(monkeypatch: pytest.Monkey
     assert config_from_text(to_yaml(config)) == config
 
 
+def test_another_plugin_does_not_inherit_the_options_of_the_files(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("model: {name: mtunet, widths: [4, 4, 8, 8], bottleneck: 8, dropout: 0.5}\n")
+    assert load_config(file, [*REQUIRED, "model.name=mtunet"]).model["widths"] == (4, 4, 8, 8)
+    assert load_config(file, [*REQUIRED, "model.name=segnet"]).model == plugin_section("segnet")
+    narrow = load_config(file, [*REQUIRED, "model.widths=[4,4,4,4,4]", "model.name=segnet"])
+    assert narrow.model == {**plugin_section("segnet"), "widths": (4, 4, 4, 4, 4)}
+    assert load_config(file, [*REQUIRED, "model.name=st_unet"]).model["dropout"] == 0.2
+
+
+def plugin_section(name: str) -> dict[str, object]:
+    return {"name": name, **plugin_options("model", name, {})}
+
+
 def test_a_plugin_without_a_name_is_refused_with_the_names_there_are(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("weighting: {name: null}\n")

@@ -1,4 +1,4 @@
-"""Layers that MT-UNet and the baselines share."""
+"""Layers of MT-UNet, and the checks that all models share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+from mtunet_dist.errors import InputError
 
 
 class ConvReLUBN(nn.Sequential):
@@ -97,3 +99,19 @@ class DecoderBlock(nn.Module):
             return second, None
         mask = self.mask(first)
         return mask * second, mask
+
+
+def check_outputs(outputs: dict[str, int]) -> None:
+    """Refuse, with InputError, a model without tasks or a task without channels."""
+    if not outputs or min(outputs.values()) < 1:
+        raise InputError(f"outputs must give at least one task with one channel or more, got {outputs}")
+
+
+def check_size(image: Tensor, stride: int) -> None:
+    """Refuse, with InputError, an image (N, 3, H, W) whose height or width is no multiple of ``stride``."""
+    height, width = image.shape[-2:]
+    if height % stride or width % stride:
+        near = [max(stride, (size + stride // 2) // stride * stride) for size in (height, width)]
+        raise InputError(
+            f"image of {height}x{width}: height and width must be multiples of {stride}, nearest is {near[0]}x{near[1]}"
+        )

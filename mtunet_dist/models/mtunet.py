@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtunet_dist.errors import InputError
-from mtunet_dist.models._blocks import ConvReLUBN, DecoderBlock, DenseEncoder, UpConv
+from mtunet_dist.models._blocks import ConvReLUBN, DecoderBlock, DenseEncoder, UpConv, check_outputs, check_size
 
 DenseScope = Literal["encoder", "block", "none"]
 STRIDE = 16  # four poolings
@@ -108,7 +108,7 @@ class MTUNet(nn.Module):
         Mask i is (N, widths[3 - i], H / 2**(3 - i), W / 2**(3 - i)) with values in [0, 1]; the lists are empty
         without attention.
         """
-        _check_size(image)
+        check_size(image, STRIDE)
         decoders = cast("dict[str, TaskDecoder]", dict(self.decoders.items()))
         skips, deepest = self.encoder(image)
         maps = dict.fromkeys(decoders, self.bottleneck(deepest))
@@ -128,23 +128,13 @@ class MTUNet(nn.Module):
 def _check_options(
     outputs: dict[str, int], widths: Sequence[int], bottleneck: int, dense_scope: str, dropout: float
 ) -> None:
-    if not outputs or min(outputs.values()) < 1:
-        raise InputError(f"outputs must give at least one task with one channel or more, got {outputs}")
+    check_outputs(outputs)
     if len(widths) != 4 or min(*widths, bottleneck) < 1:
         raise InputError(f"widths must be 4 positive numbers and bottleneck one, got {tuple(widths)} and {bottleneck}")
     if dense_scope not in get_args(DenseScope):
         raise InputError(f"dense_scope must be one of {', '.join(get_args(DenseScope))}, got '{dense_scope}'")
     if not 0 <= dropout < 1:
         raise InputError(f"dropout must be in [0, 1), got {dropout}")
-
-
-def _check_size(image: Tensor) -> None:
-    height, width = image.shape[-2:]
-    if height % STRIDE or width % STRIDE:
-        near = [max(STRIDE, (size + STRIDE // 2) // STRIDE * STRIDE) for size in (height, width)]
-        raise InputError(
-            f"image of {height}x{width}: height and width must be multiples of {STRIDE}, nearest is {near[0]}x{near[1]}"
-        )
 
 
 PLUGIN = MTUNet
