@@ -111,8 +111,9 @@ def test_opening_a_folder_that_is_missing_or_incomplete(copy: Path, tmp_path: Pa
 def test_damaged_index_is_named(copy: Path) -> None:
     path = copy / "train.index.json"
     index = json.loads(path.read_text())
-    index["keys"].pop()
-    for text, message in [(json.dumps(index), "lists 11 samples instead of 12"), ("{", "damaged"), ("{}", "0 samples")]:
+    short = [json.dumps({**index, name: index[name][:-1]}) for name in ("keys", "crc")]
+    messages = ["lists 11 samples instead of 12", "lists 11 checksums instead of 12", "damaged", "0 samples"]
+    for text, message in zip([*short, "{", "{}"], messages, strict=True):
         path.write_text(text)
         with pytest.raises(InputError, match=rf"train\.index\.json: .*{message}"):
             PreparedDataset(copy).split("train")

@@ -176,8 +176,8 @@ def write_listing(task: ShardTask, listed: list[tuple[str, str]]) -> Index:
     """Write the keys and checksums of samples that stay in the source, and return what their files are like."""
     write_json(task.path, listed)
     columns = zip(*(file_sizes(sample) for sample in task.samples), strict=True)
-    spans = [[(0, size) for size in column] for column in columns]
-    return Index([key for key, _ in listed], [task.number] * len(listed), *spans)
+    rgb, label, depth = ([(0, size) for size in column] for column in columns)
+    return Index([key for key, _ in listed], [task.number] * len(listed), rgb, label, depth)
 
 
 def encode(key: str, sample: RawSample, rgb_format: RgbFormat) -> EncodedSample:

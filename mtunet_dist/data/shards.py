@@ -11,6 +11,7 @@ import io
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,13 +38,18 @@ class EncodedSample:
 
 @dataclass
 class Index:
-    """Which samples files hold: columns of equal length. ``shard`` counts the shards of a split from 0."""
+    """Which samples files hold: columns of equal length. ``shard`` counts the shards of a split from 0.
+
+    ``crc`` has the CRC-32 of RGB, label and depth as encoded; it is empty for samples left in the source, and in
+    datasets prepared before there were any.
+    """
 
     keys: list[str] = field(default_factory=list)
     shard: list[int] = field(default_factory=list)
     rgb: list[Span] = field(default_factory=list)
     label: list[Span] = field(default_factory=list)
     depth: list[Span] = field(default_factory=list)
+    crc: list[tuple[int, int, int]] = field(default_factory=list)
 
     def extend(self, other: Index) -> None:
         """Append the samples of ``other``."""
@@ -52,6 +58,7 @@ class Index:
         self.rgb += other.rgb
         self.label += other.label
         self.depth += other.depth
+        self.crc += other.crc
 
 
 def shard_name(split: str, number: int, *, listing: bool = False) -> str:
@@ -71,6 +78,7 @@ def write_shard(path: Path, number: int, samples: list[EncodedSample]) -> Index:
                 index.rgb.append(_add(tar, f"{sample.key}.rgb.{_SUFFIX[sample.rgb_format]}", sample.rgb))
                 index.label.append(_add(tar, f"{sample.key}.label.png", sample.label))
                 index.depth.append(_add(tar, f"{sample.key}.depth.png", sample.depth))
+                index.crc.append((zlib.crc32(sample.rgb), zlib.crc32(sample.label), zlib.crc32(sample.depth)))
 
     write_atomically(path, write)
     return index

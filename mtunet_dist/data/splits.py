@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from mtunet_dist import plugins
 from mtunet_dist.data.info import DatasetInfo, ShardInfo, SplitInfo, Stored, index_name
 from mtunet_dist.data.shards import Index, read_json
 from mtunet_dist.errors import InputError
-from mtunet_dist.sources._images import PARTS, decode, resize
+from mtunet_dist.sources._images import PARTS, check_header, decode, resize
 from mtunet_dist.sources._source import RawSample, Sample, Source
 
 
@@ -28,15 +29,17 @@ class Split:
         self.root, self.info, self.names = root, info, names
         self.shards: list[ShardInfo] = []
         self.keys: list[str] = []
-        shard_numbers, spans = [], []
+        shard_numbers, spans, crcs = [], [], []
         for name in names:
             index = _read_index(root / index_name(name), info.splits[name])
             shard_numbers.append(np.array(index.shard, dtype=np.int32) + len(self.shards))
             spans.append(np.array([index.rgb, index.label, index.depth], dtype=np.int64))
+            crcs.append(np.array(index.crc or [(-1, -1, -1)] * len(index.keys), dtype=np.int64))
             self.keys += index.keys
             self.shards += info.splits[name].shards
         self._shard = np.concatenate(shard_numbers)  # (N,)
         self._spans = np.concatenate(spans, axis=1)  # (part, N, offset and size)
+        self._crcs = np.concatenate(crcs)  # (N, part), -1 where the index has none
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -72,6 +75,7 @@ class ShardSplit(Split):
     def __init__(self, root: Path, info: DatasetInfo, names: list[str]) -> None:
         super().__init__(root, info, names)
         self._maps: dict[int, np.ndarray] = {}
+        self._checked: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
@@ -87,15 +91,28 @@ class ShardSplit(Split):
 
     def decode(self, i: int) -> RawSample:
         """Sample ``i`` decoded with PIL, in read-only arrays. Raises InputError that names shard and key."""
+        self.check(i)
         where = self.describe(i)
-        shape = (self.info.height, self.info.width)
-        images = []
-        for part, data in zip(PARTS, self.parts(i), strict=True):
-            image = decode(data.tobytes(), part, f"{part} of {where}")
-            if image.shape[:2] != shape:
-                raise InputError(f"{part} of {where}: size {image.shape[:2]} instead of {shape}")
-            images.append(image)
-        return RawSample(*images)
+        parts = zip(PARTS, self.parts(i), strict=True)
+        return RawSample(*(decode(data.tobytes(), part, f"{part} of {where}") for part, data in parts))
+
+    def check(self, i: int) -> None:
+        """The first time, look whether sample ``i`` is damaged. Raises InputError as ``decode``.
+
+        Costs little where the index has checksums; without them only headers can be looked at (format and size).
+        """
+        if i in self._checked:
+            return
+        where, size = self.describe(i), (self.info.height, self.info.width)
+        for part, view, crc in zip(PARTS, self.parts(i), self._crcs[i].tolist(), strict=True):
+            data, name = view.tobytes(), f"{part} of {where}"
+            if crc < 0:
+                check_header(data, part, name, size)
+            elif zlib.crc32(data) != crc:
+                check_header(data, part, name, size)
+                decode(data, part, name)  # may say more
+                raise InputError(f"{name}: the checksum differs: the file is damaged")
+        self._checked.add(i)
 
     def describe(self, i: int) -> str:
         """``KEY in SHARD``, for messages."""
@@ -171,4 +188,6 @@ def _read_index(path: Path, split: SplitInfo) -> Index:
     columns = (index.keys, index.shard, index.rgb, index.label, index.depth)
     if {len(column) for column in columns} != {split.count}:
         raise InputError(f"{path}: lists {len(index.keys)} samples instead of {split.count}")
+    if len(index.crc) not in (0, split.count):
+        raise InputError(f"{path}: lists {len(index.crc)} checksums instead of {split.count}")
     return index
