@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from damage import encoded, png, resized_header
 from PIL import Image
 
 from mtunet_dist.errors import InputError
@@ -121,6 +122,28 @@ def test_truncated_jpeg_is_named(sample: SampleFiles) -> None:
     sample.rgb.write_bytes(sample.rgb.read_bytes()[:-30])
     with pytest.raises(InputError, match=r"rgb\.png: corrupt"):
         read(sample)
+
+
+@pytest.mark.parametrize("part", ["rgb", "label", "depth"])
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_png_that_lacks_its_last_row_is_named(sample: SampleFiles, part: str, interlaced: bool) -> None:
+    """With the right checksums; PIL leaves the row black. A black row that is there is taken."""
+    path: Path = getattr(sample, part)
+    pixels = np.asarray(Image.open(path)).copy()
+    pixels[-1] = 0
+    path.write_bytes(png(pixels, interlaced=interlaced))
+    assert np.array_equal(getattr(read(sample), part), pixels)
+    lines = 7 if interlaced else 4
+    path.write_bytes(png(pixels, interlaced=interlaced, rows=lines - 1))
+    with pytest.raises(InputError, match=rf"{part}\.png: corrupt image: \d+ of \d+ bytes"):
+        read(sample)
+
+
+@checks
+def test_header_that_asks_for_gigabytes_is_named(sample: SampleFiles, check: Callable[[SampleFiles], Any]) -> None:
+    sample.rgb.write_bytes(resized_header(encoded(np.zeros((4, 4, 3), dtype=np.uint8), "JPEG"), 65000, 65000))
+    with pytest.raises(InputError, match=r"rgb\.png: Image size \(4225000000 pixels\) exceeds limit"):
+        check(sample)
 
 
 def test_exif_orientation_is_ignored(sample: SampleFiles) -> None:

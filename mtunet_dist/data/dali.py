@@ -23,7 +23,7 @@ from mtunet_dist.config import DaliConfig
 from mtunet_dist.data.augmentation import Augmentation
 from mtunet_dist.data.batch import as_batch, depth_scales, draws_of
 from mtunet_dist.data.broken import BrokenSamples, OnError, stand_ins
-from mtunet_dist.data.order import Order
+from mtunet_dist.data.order import Order, Plan
 from mtunet_dist.data.splits import ShardSplit, Split
 from mtunet_dist.errors import InputError
 from mtunet_dist.multitask import Batch
@@ -78,7 +78,8 @@ class DaliLoader:
                 return
             except RuntimeError:
                 # DALI's message does not say which sample it was; if none was, the error is DALI's own.
-                if not self.broken.search(self.split, self.order.plan(index).samples):
+                samples = self.order.plan(index).samples
+                if not (self.broken.search(self.split, samples) or self._search_alone(samples)):
                     raise
                 # An iterator that met an error ends early. The new one puts a stand-in where the broken sample was.
                 iterator = self._iterator(index)
@@ -88,6 +89,30 @@ class DaliLoader:
             image, label, depth, depth_scale, sample = (out[name] for name in OUTPUTS)
             yield as_batch(image, label.squeeze(3), depth.squeeze(3), depth_scale, sample)
             index += 1
+
+    def _search_alone(self, samples: np.ndarray) -> bool:
+        """Put ``samples`` through DALI one by one and take note of those it refuses though PIL does not; whether any.
+
+        None is, if it refuses a black image too, or where it is not DALI that decodes.
+        """
+        if self.pool is not None or not self._passes(int(samples[0]), black=True):
+            return False
+        refused = [i for i in samples.tolist() if i not in self.broken.positions and not self._passes(i)]
+        for i in refused:
+            reason = "DALI cannot decode it although PIL can; prepare it again, or use data.loader=torch"
+            self.broken.add(i, f"{self.split.describe(i)}: {reason}")
+        return bool(refused)
+
+    def _passes(self, i: int, *, black: bool = False) -> bool:
+        """Whether DALI takes a batch of sample ``i`` alone, or of the black image that stands in for it."""
+        alone = DaliLoader(self.split, _One(i), self.device, threads=1, prefetch=1, settings=self.settings)
+        if black:
+            alone.broken.positions.add(i)
+        try:
+            next(alone._iterator(0))
+        except RuntimeError:
+            return False
+        return True
 
     def _iterator(self, start: int) -> Any:
         augmentation, info = self.augmentation, self.split.info
@@ -167,6 +192,20 @@ class DaliLoader:
             return parts[0], label[..., None], depth[..., None]
         except InputError as error:
             return error
+
+
+class _One:
+    """An order of one batch: sample ``i``."""
+
+    batches = 1
+
+    def __init__(self, i: int) -> None:
+        self.i = i
+
+    def plan(self, index: int) -> Plan:
+        """See ``Order.plan``."""
+        assert index == 0
+        return Plan(0, np.array([self.i]))
 
 
 def _graph(

@@ -1,11 +1,16 @@
-"""Strict image reading: what would decode to silently wrong values (RGB labels, 8-bit depth, ...) is an error."""
+"""Strict image reading: what would decode to silently wrong values (RGB labels, 8-bit depth, ...) is an error.
+
+PNGs carry checksums, so no damage to their pixels goes unseen. JPEGs carry none: one that was cut short is an error,
+but altered bytes within mostly decode to altered pixels, and libjpeg's warnings, which PIL swallows, would tell only
+of some of them. Nothing here can tell such a source file from a good one. Shards have checksums of their own.
+"""
 
 from __future__ import annotations
 
 import io
 import struct
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -25,6 +30,9 @@ FORMATS: dict[Part, tuple[str, ...]] = {
 }
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_COLORS = {0: "gray", 2: "RGB", 3: "palette", 4: "gray+alpha", 6: "RGBA"}
+# Which pixels a PNG holds in turn: first column and row, and steps.
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+_WHOLE = ((0, 0, 1, 1),)
 _PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
@@ -38,10 +46,22 @@ def decode(data: bytes, part: Part, name: str) -> np.ndarray:
         # verify() checks the checksums that decoding skips, and spends the image object.
         Image.open(io.BytesIO(data)).verify()
         image = Image.open(io.BytesIO(data))
-        image.load()
+        pixels = np.asarray(image).astype(np.uint16 if part == "depth" else np.uint8, copy=False)
+        if image.format == "PNG":
+            _check_rows(data, pixels)
     except _PIL_ERRORS as error:
         raise InputError(f"{name}: corrupt image: {error}") from None
-    return np.asarray(image).astype(np.uint16 if part == "depth" else np.uint8, copy=False)
+    return pixels
+
+
+def check_header(data: bytes, part: Part, name: str, size: tuple[int, int]) -> None:
+    """Check the format and ``size`` (H, W) that an image's header gives. Raises InputError as ``decode``.
+
+    To be done before decoding: a damaged header can ask for gigabytes.
+    """
+    found = _header(io.BytesIO(data), part, name)
+    if found != size:
+        raise InputError(f"{name}: size {found} instead of {size}")
 
 
 def read_images(sample: SampleFiles, table: np.ndarray) -> RawSample:
@@ -120,7 +140,7 @@ def _bytes(path: Path) -> bytes:
 def _header(file: BinaryIO, part: Part, name: str) -> tuple[int, int]:
     """(H, W) by the file's header, once it says that the format is right for ``part``."""
     start = file.read(26)
-    if start.startswith(_PNG) and len(start) == 26:
+    if start.startswith(_PNG) and start[12:16] == b"IHDR" and len(start) == 26:
         # PIL reads 16-bit RGB as 8-bit and cannot tell the two apart, so the header is read here.
         width, height, bits, color = struct.unpack(">IIBB", start[16:])
         found = f"{bits}-bit {_PNG_COLORS.get(color, 'unknown')} PNG"
@@ -128,6 +148,8 @@ def _header(file: BinaryIO, part: Part, name: str) -> tuple[int, int]:
         file.seek(0)
         try:
             image = Image.open(file)
+        except Image.DecompressionBombError as error:
+            raise InputError(f"{name}: {error}") from None
         except _PIL_ERRORS:
             raise InputError(f"{name}: not an image; expected {_expected(part)}") from None
         width, height = image.size
@@ -135,6 +157,31 @@ def _header(file: BinaryIO, part: Part, name: str) -> tuple[int, int]:
     if found not in FORMATS[part]:
         raise InputError(f"{name}: {found}; expected {_expected(part)}")
     return height, width
+
+
+def _check_rows(png: bytes, pixels: np.ndarray) -> None:
+    """ValueError for a PNG whose data ends before its last row: PIL leaves what is missing black without a word.
+
+    Counting means decompressing again, so only an image whose last row is black, or may come earlier, is looked at.
+    """
+    interlaced = png[28] == 1
+    if pixels[-1].any() and not interlaced:
+        return
+    parts = [pixels[y::dy, x::dx] for x, y, dx, dy in (_ADAM7 if interlaced else _WHOLE)]
+    expected = sum(len(part) + part.nbytes for part in parts if part.size)  # each row has a byte for its filter
+    found = len(zlib.decompressobj().decompress(b"".join(_chunks(png, b"IDAT")), expected))
+    if found < expected:
+        raise ValueError(f"{found} of {expected} bytes are there")
+
+
+def _chunks(png: bytes, wanted: bytes) -> Iterator[bytes]:
+    """The data of the chunks named ``wanted``."""
+    at, name = len(_PNG), b""
+    while name != b"IEND":
+        size, name = struct.unpack_from(">I4s", png, at)
+        if name == wanted:
+            yield png[at + 8 : at + 8 + size]
+        at += 12 + size
 
 
 def _expected(part: Part) -> str:
