@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import LAUNCH, MakeConfig, assert_same_state, final_state, kill_all, on_two_ranks, records
+from training import LAUNCH, MakeConfig, assert_same_state, copy_as_of, final_state, kill_all, on_two_ranks, records
 
 from mtunet_dist import checkpoint
 from mtunet_dist import run as runs
@@ -28,15 +27,6 @@ EVERYTHING = [  # that is random or carried over; dropout and learned weights ar
     "data.augment.scales=[1.0,1.2]",
     "weighting.window=2",
 ]
-
-
-def copy_as_of(step: int, run_dir: Path, copy: Path) -> None:
-    """The run folder as if the run had died right after it saved ``step``; needs all checkpoints kept."""
-    shutil.copytree(run_dir, copy)
-    for path in checkpoint.by_age(copy / "checkpoints"):
-        if path > checkpoint.path_of(copy / "checkpoints", step):
-            path.unlink()
-    (copy / "checkpoints" / "best.pt").unlink()
 
 
 def test_a_finished_run_started_again_does_nothing(make_config: MakeConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -32,6 +33,15 @@ def records(run_dir: str | Path, kind: str) -> list[dict[str, float]]:
 
 def final_state(run_dir: str | Path) -> checkpoint.State:
     return checkpoint.load(checkpoint.by_age(Path(run_dir) / "checkpoints")[0])
+
+
+def copy_as_of(step: int, run_dir: Path, copy: Path) -> None:
+    """The run folder as if the run had died right after it saved ``step``; needs all checkpoints kept."""
+    shutil.copytree(run_dir, copy)
+    for path in checkpoint.by_age(copy / "checkpoints"):
+        if path > checkpoint.path_of(copy / "checkpoints", step):
+            path.unlink()
+    (copy / "checkpoints" / "best.pt").unlink()
 
 
 def assert_same_state(a: checkpoint.State, b: checkpoint.State) -> None:
