@@ -52,7 +52,7 @@ def zero(stage: int, folder: Path) -> list[str]:
     words = ["strategy.name=deepspeed", f"strategy.stage={stage}"]
     if stage == 3:
         file = folder / f"zero3_{distributed.rank()}.json"
-        file.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
+        file.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 500}}))
         words.append(f"strategy.config_file={file}")
     return words
 
@@ -122,8 +122,8 @@ def learned(state: State) -> State:
 # The equality table. Fused optimisers round the last elements of a tensor differently from the rest, and where a
 # tensor ends depends on how the stage cuts it up: bits can only be expected where the cuts are the same.
 
-CASES = [("sgd", 1, 0.0), ("sgd", 2, 0.0), ("adam", 1, 0.0), ("adam", 2, 0.0), ("sgd", 2, 0.5)]
-STEPS = 10
+CASES = [("sgd", 1, 0.0), ("sgd", 2, 0.5), ("adam", 1, 0.0), ("adam", 2, 0.0)]  # optimiser, accumulate, clip_norm
+STEPS = 4
 
 
 def run_case(name: str, folder: Path, optimizer: str, accumulate: int, clip_norm: float) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def test_one_step_of_two_ranks_is_that_of_one_process(
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_ten_steps_end_alike_and_to_the_bit_where_tensors_are_cut_alike(two_ranks: Path, optimizer: str) -> None:
+def test_four_steps_end_alike_and_to_the_bit_where_tensors_are_cut_alike(two_ranks: Path, optimizer: str) -> None:
     results = table(two_ranks, (optimizer, 1, 0.0))
     for name, result in results.items():
         print(f"{optimizer} {name}: weights {difference(result['last']['model'], results['ddp']['last']['model']):.1e}")
@@ -184,13 +184,14 @@ def test_ten_steps_end_alike_and_to_the_bit_where_tensors_are_cut_alike(two_rank
 
 
 def test_the_norm_is_clipped_and_reported_unclipped(two_ranks: Path) -> None:
-    clipped, unclipped = (table(two_ranks, ("sgd", 2, clip)) for clip in (0.5, 0.0))
+    clipped, unclipped = table(two_ranks, ("sgd", 2, 0.5)), table(two_ranks, ("sgd", 1, 0.0))
     for name in STRATEGIES:
-        assert clipped[name]["norms"] == unclipped[name]["norms"]
-        for result, expected in ((clipped[name], 0.5), (unclipped[name], clipped[name]["norms"][0])):
+        norm = unclipped[name]["norms"][0]
+        assert norm > 1
+        assert clipped[name]["norms"][0] == pytest.approx(norm, rel=1e-5)
+        for result, expected in ((clipped[name], 0.5), (unclipped[name], norm)):
             gradients = [slots["momentum_buffer"] for slots in result["first"]["optimizer"].values()]
             assert nn.utils.get_total_norm(gradients).item() == pytest.approx(expected, rel=1e-5)
-        assert expected > 1
 
 
 def test_one_process_and_a_cpu_offload(tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def test_one_process_and_a_cpu_offload(tmp_path: Path) -> None:
 PAIRS = [
     *((name, name) for name in STRATEGIES),
     *(("ddp", "zero0"), ("ddp", "zero1"), ("ddp", "zero3"), ("zero0", "zero2"), ("zero1", "ddp")),
-    *(("zero1", "zero2"), ("zero2", "zero3"), ("zero3", "zero1"), ("zero3", "ddp")),
+    *(("zero1", "zero2"), ("zero2", "zero0"), ("zero3", "zero1"), ("zero3", "ddp")),
 ]
 SAME_CUTS = ({"ddp", "zero0"}, {"zero1", "zero2"})
 
@@ -226,9 +227,9 @@ def _continue_under_others(folder: Path) -> None:
     ends = {}
     for name in STRATEGIES:
         strategy = make_strategy(name, folder, *words)
-        train(strategy, range(3))
+        train(strategy, range(2))
         write(strategy.save(), folder / f"{name}.pt")
-        train(strategy, range(3, 6))
+        train(strategy, range(2, 4))
         ends[name] = clone(strategy.save())
         write(ends[name], folder / f"{name}-end.pt")
     for before, after in PAIRS:
@@ -238,7 +239,7 @@ def _continue_under_others(folder: Path) -> None:
         loaded = strategy.save()
         if distributed.is_main():
             assert_same_state(loaded, saved)
-        train(strategy, range(3, 6))
+        train(strategy, range(2, 4))
         end = strategy.save()
         if not distributed.is_main():
             continue
@@ -262,7 +263,7 @@ def test_every_strategy_continues_what_another_saved(tmp_path: Path) -> None:
         strategy = make_strategy(after, tmp_path, *OPTIMIZERS["adam"])
         strategy.load(saved)
         assert_same_state(strategy.save(), saved)
-        train(strategy, range(3, 6))
+        train(strategy, range(2, 4))
         torch.testing.assert_close(learned(strategy.save()), learned(end), rtol=1e-5, atol=1e-6)
         strategy.close()
 
@@ -281,15 +282,14 @@ def test_state_of_other_parameters_is_refused(tmp_path: Path) -> None:
 
 
 def _reduced_precision(folder: Path) -> None:
+    fp32 = train(make_strategy("ddp", folder), range(1))[0]
     for name in STRATEGIES:
-        norms = {}
-        for precision in ("fp32", "bf16", "fp16"):
+        for precision in ("bf16", "fp16"):
             strategy = make_strategy(name, folder, f"precision={precision}", "optim.clip_norm=0.5")
-            norms[precision] = train(strategy, range(1))[0]
+            norm = train(strategy, range(1))[0]
+            assert norm == pytest.approx(fp32, rel=0.05)
+            assert norm != fp32
             state = strategy.save()
-        assert norms["bf16"] == pytest.approx(norms["fp32"], rel=0.05)
-        assert norms["fp16"] == pytest.approx(norms["fp32"], rel=0.05)
-        assert norms["bf16"] != norms["fp32"] != norms["fp16"]
 
         # A gradient that overflows is not applied, and the scale shrinks; all strategies write that the same way.
         if distributed.is_main():
@@ -336,7 +336,7 @@ def _train_each(configs: Sequence[Config]) -> None:
 def test_a_training_under_stage_3_resumes_to_the_bit_and_evaluates_as_under_ddp(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    common = ["checkpoint.every_steps=2", "checkpoint.keep=99", "model.dropout=0"]
+    common = ["epochs=1", "checkpoint.every_steps=1", "checkpoint.keep=99", "model.dropout=0"]
     names = ("ddp", "whole", "again")
     settings = {name: [*common, f"run_dir={tmp_path / name}"] for name in names}
     stage_3 = [*settings["whole"], *zero(3, tmp_path)]
