@@ -21,6 +21,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.13",
+        "deepspeed>=0.19.8",
         "nvidia-dali-cuda130>=2.4",
         "h5py>=3.11",
         "matplotlib>=3.10",

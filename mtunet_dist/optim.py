@@ -7,10 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtunet_dist.config import OptimConfig
+from mtunet_dist.errors import InputError
 from mtunet_dist.multitask import MultiTaskStep
+
+NamedState = dict[str, dict[str, Tensor]]
+"""What an optimiser knows of each parameter, by the parameter's name: ``step``, a scalar; all else (``exp_avg``,
+``exp_avg_sq``, ``momentum_buffer``) of the parameter's shape. Empty for a parameter never updated. Needs neither the
+order of parameters and groups nor how they are spread over ranks, so any strategy can write and read it."""
 
 
 def build_optimizer(step: MultiTaskStep, config: OptimConfig) -> Optimizer:
@@ -63,3 +70,30 @@ def lr_at(step: int, config: OptimConfig, steps_per_epoch: int, total_steps: int
     }
     floor = config.min_lr if config.schedule in ("linear", "cosine", "poly") else 0.0
     return floor + (config.lr - floor) * factors[config.schedule]()
+
+
+def named_state(optimizer: Optimizer, module: nn.Module) -> NamedState:
+    """The state of ``optimizer``, which holds the trained parameters of ``module`` whole; tensors are not copied."""
+    return {name: dict(optimizer.state.get(p, {})) for name, p in module.named_parameters() if p.requires_grad}
+
+
+def load_named_state(optimizer: Optimizer, module: nn.Module, state: NamedState) -> None:
+    """Restore what ``named_state`` returned; InputError if it is of other parameters."""
+    check_names(module, state)
+    optimizer.state.clear()
+    for name, parameter in module.named_parameters():
+        if state.get(name):
+            # Fused optimisers walk memory, not indices: moments must be laid out as their parameter is here.
+            optimizer.state[parameter] = {
+                slot: value.to(parameter.device, copy=True)
+                if slot == "step"
+                else torch.empty_like(parameter, requires_grad=False).copy_(value)
+                for slot, value in state[name].items()
+            }
+
+
+def check_names(module: nn.Module, state: NamedState) -> None:
+    """Raise InputError unless ``state`` is of exactly the trained parameters of ``module``."""
+    expected = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if odd := sorted(expected ^ state.keys()):
+        raise InputError(f"the optimiser's state in the checkpoint is of other parameters; first difference: {odd[0]}")

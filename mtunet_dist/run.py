@@ -63,6 +63,7 @@ class Run:
     loader: Loader
     eval_loader: Loader
     strategy: Strategy
+    parameters: int  # trained numbers in the model
     picture_batch: Batch | None  # on rank 0, if pictures are wanted
 
     lock: IO[bytes] | None = None  # on rank 0; keeps other trainings out of the run folder
@@ -93,7 +94,8 @@ class Run:
         return self.step == self.total_steps
 
     def close(self) -> None:
-        """Let others have the run folder."""
+        """Let others have the run folder, and the strategy what it took."""
+        self.strategy.close()
         if self.lock is not None:
             self.lock.close()
 
@@ -119,8 +121,9 @@ def save(run: Run, *, best: bool) -> None:
     """Write a checkpoint; called on every rank. Changes nothing in the run."""
     ranks = distributed.gather_to_main(_rank_state(run))
     strategy_state = run.strategy.save()
-    strategy_state["model"] |= distributed.mean_over_ranks(distributed.running_statistics(run.module))
+    statistics = distributed.mean_over_ranks(distributed.running_statistics(run.module))
     if distributed.is_main():
+        strategy_state["model"] |= statistics
         state = {
             "step": run.step,
             "strategy": strategy_state,
@@ -153,6 +156,7 @@ def _build(config: Config, device: torch.device) -> Run:
     known = metric_names(step.tasks)
     if config.checkpoint.best not in known:
         raise InputError(f"checkpoint.best={config.checkpoint.best} is no metric. Available: {', '.join(known)}")
+    parameters = sum(p.numel() for p in step.model.parameters())
     strategy = plugins.build("strategy", config.strategy, step, config, device)
     picture_batch = None
     if config.log.pictures and distributed.is_main():
@@ -169,6 +173,7 @@ def _build(config: Config, device: torch.device) -> Run:
         loader=make_loader(config.data, train_split, order, device, augmentation),
         eval_loader=eval_loader(config, eval_split, device),
         strategy=strategy,
+        parameters=parameters,
         picture_batch=picture_batch,
     )
 

@@ -128,15 +128,16 @@ def _report(run: Run, window: list[Tensor], lr: float) -> StepReport:
 def _evaluate(run: Run, tracker: Tracker) -> bool:
     """Evaluate, report, draw; returns whether the model is the best so far."""
     distributed.average_statistics(run.module)
-    run.module.eval()
-    result = evaluate(run.module, run.eval_loader, run.device)
-    run.module.train()
-    run.metrics = result.metrics
-    tracker.evaluation(run.step, result.metrics, result.class_iou)
-    if run.picture_batch is not None:
-        sheet = pictures.sheet(run.module, run.picture_batch)
-        tracker.picture(run.step, sheet)
-        Image.fromarray(sheet).save(run.dir / "pictures" / "latest.png")
+    with run.strategy.whole() as module:
+        module.eval()
+        result = evaluate(module, run.eval_loader, run.device)
+        run.metrics = result.metrics
+        tracker.evaluation(run.step, result.metrics, result.class_iou)
+        if run.picture_batch is not None:
+            sheet = pictures.sheet(module, run.picture_batch)
+            tracker.picture(run.step, sheet)
+            Image.fromarray(sheet).save(run.dir / "pictures" / "latest.png")
+        module.train()
     name = run.config.checkpoint.best
     value = result.metrics[name]
     sign = 1 if higher_is_better(name) else -1
@@ -147,12 +148,11 @@ def _evaluate(run: Run, tracker: Tracker) -> bool:
 
 
 def _summary(run: Run) -> str:
-    parameters = sum(p.numel() for p in run.module.model.parameters())
     state = f"resuming at step {run.step}" if run.step else "starting"
     if run.finished:
         state = "already finished"
     return (
-        f"{run.config.model['name']}, {parameters / 1e6:.2f} M parameters, {run.config.precision}, "
+        f"{run.config.model['name']}, {run.parameters / 1e6:.2f} M parameters, {run.config.precision}, "
         f"{distributed.world_size()} x {run.device.type}; {len(run.train_split)} samples, "
         f"{run.order.steps_per_epoch} steps per epoch, {run.config.epochs} epochs; {state}; run folder {run.dir}"
     )

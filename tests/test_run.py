@@ -53,11 +53,15 @@ def test_moments_follow_the_strides_of_their_parameters(make_config: MakeConfig)
         assert isinstance(run.strategy, DDPStrategy)
         path = checkpoint.latest(run.dir / "checkpoints")
         assert path is not None
-        saved = checkpoint.load(path)["strategy"]["optimizer"]["state"]
+        saved = checkpoint.load(path)["strategy"]["optimizer"]
+        parameters = dict(run.module.named_parameters())
+        assert saved.keys() == parameters.keys()
         checked = 0
-        for value, (parameter, slots) in zip(saved.values(), run.strategy.optimizer.state.items(), strict=True):
+        for name, value in saved.items():
+            parameter, slots = parameters[name], run.strategy.optimizer.state[parameters[name]]
             assert torch.equal(slots["exp_avg"], value["exp_avg"])
             assert slots["exp_avg"].stride() == parameter.stride()
+            assert slots["step"] == value["step"] == 3
             checked += value["exp_avg"].stride() != parameter.stride()
         assert checked
 

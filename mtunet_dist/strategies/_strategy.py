@@ -14,7 +14,7 @@ class Strategy(Protocol):
     """``PLUGIN(step, config, device, **options)``."""
 
     module: MultiTaskStep
-    """The bare module, for evaluation."""
+    """The bare module. Its buffers are whole on every rank, its parameters perhaps only in ``whole``."""
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the step on one micro-batch: total loss, and the losses per task."""
@@ -28,8 +28,18 @@ class Strategy(Protocol):
     def apply(self, lr: float) -> Tensor:
         """Clip, step, forget the gradients; returns their norm before clipping, a scalar on the device."""
 
+    def whole(self) -> AbstractContextManager[MultiTaskStep]:
+        """A module with all weights and buffers as they are now, to evaluate with; entered on every rank."""
+
     def save(self) -> dict[str, Any]:
-        """State of the module (its state dict, as ``model``), optimiser and loss scaler; called on every rank."""
+        """State of the module, optimiser and loss scaler on rank 0, nothing elsewhere; called on every rank.
+
+        All strategies write and read one form, whatever the number of ranks: ``model`` is the state dict of the bare
+        module, ``optimizer`` what ``optim.named_state`` returns, ``scaler`` the state of a ``torch.amp.GradScaler``.
+        """
 
     def load(self, state: dict[str, Any]) -> None:
-        """Restore what ``save`` returned."""
+        """Restore what ``save`` of any strategy returned on rank 0; called with the same state on every rank."""
+
+    def close(self) -> None:
+        """Give back what the strategy holds outside itself."""

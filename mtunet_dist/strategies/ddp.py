@@ -71,22 +71,25 @@ class DDPStrategy:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def whole(self) -> AbstractContextManager[MultiTaskStep]:
+        return nullcontext(self.module)
+
     def save(self) -> dict[str, Any]:
+        if not distributed.is_main():
+            return {}
         return {
-            "model": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": dict(self.module.state_dict()),
+            "optimizer": optim.named_state(self.optimizer, self.module),
             "scaler": self.scaler.state_dict(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self.module.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        # Fused optimisers walk memory, not indices: moments saved under another channels_last must be laid out anew.
-        for parameter, slots in self.optimizer.state.items():
-            for name, value in slots.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    slots[name] = torch.empty_like(parameter).copy_(value)
+        optim.load_named_state(self.optimizer, self.module, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+
+    def close(self) -> None:
+        pass
 
 
 PLUGIN = DDPStrategy

@@ -1,0 +1,112 @@
+"""DeepSpeed's settings: those that follow from a run's config, and a user's JSON on top of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mtunet_dist.config import Config
+from mtunet_dist.errors import InputError
+
+Settings = dict[str, Any]
+STAGES = (0, 1, 2, 3)
+
+
+def settings(config: Config, world_size: int, *, stage: int, offload_optimizer: bool, config_file: str) -> Settings:
+    """What ``deepspeed.initialize`` takes as its config.
+
+    Raises InputError for options that do not fit together, and for a value in ``config_file`` that contradicts
+    one of ``config``.
+    """
+    if stage not in STAGES:
+        raise InputError(f"strategy.stage={stage} is no stage of ZeRO. Available: {', '.join(map(str, STAGES))}")
+    if offload_optimizer and stage == 0:
+        raise InputError("strategy.offload_optimizer=true needs strategy.stage=1, 2 or 3")
+    ours = _of_config(config, world_size, stage, offload_optimizer)
+    result: Settings = {}
+    for key, (value, _) in ours.items():
+        _put(result, key, value)
+    if config_file:
+        for key, value in _leaves(_read(Path(config_file))):
+            if value != "auto":  # as in files made for other trainers: "take it from your own config"
+                _check(config_file, key, value, ours)
+                _put(result, key, value)
+    return result
+
+
+def _of_config(config: Config, world_size: int, stage: int, offload_optimizer: bool) -> dict[str, tuple[Any, str]]:
+    """Dotted key: its value, and the key of our config that decides it."""
+    accumulate = config.optim.accumulate
+    following: dict[str, tuple[Any, str]] = {
+        "train_batch_size": (config.batch_size, "batch_size"),
+        "train_micro_batch_size_per_gpu": (
+            config.batch_size // (world_size * accumulate),
+            f"batch_size / ({world_size} processes x optim.accumulate)",
+        ),
+        "gradient_accumulation_steps": (accumulate, "optim.accumulate"),
+        "gradient_clipping": (config.optim.clip_norm, "optim.clip_norm"),  # 1.0 where it is not given
+        "zero_optimization.stage": (stage, "strategy.stage"),
+        # Our optimisers are torch's, whatever the stage.
+        "zero_allow_untested_optimizer": (True, "optim.name"),
+        "zero_force_ds_cpu_optimizer": (False, "optim.name"),
+    }
+    # Precision is MultiTaskStep's own autocast over float32 weights; DeepSpeed sees float32 alone.
+    for section in ("fp16", "bf16", "torch_autocast"):
+        following[f"{section}.enabled"] = (False, "precision")
+    if offload_optimizer:
+        following["zero_optimization.offload_optimizer.device"] = ("cpu", "strategy.offload_optimizer")
+    return following
+
+
+# What a user's file may not name at all, and where it is said instead.
+_SAID_ELSEWHERE = {
+    "optimizer": "optim.name",
+    "scheduler": "optim.schedule",
+    "zero_optimization.offload_optimizer": "strategy.offload_optimizer",
+    "zero_optimization.offload_param": "strategy.offload_optimizer (weights are not offloaded)",
+}
+
+
+def _check(file: str, key: str, value: Any, ours: dict[str, tuple[Any, str]]) -> None:
+    """Refuse ``value`` if it contradicts ours."""
+    where = f"strategy.config_file={file}: {key}={json.dumps(value)}"
+    if key in ours:
+        expected, origin = ours[key]
+        if value != expected:
+            raise InputError(f"{where} contradicts {json.dumps(expected)}, which follows from {origin}")
+        return
+    for section, origin in _SAID_ELSEWHERE.items():
+        started = any(k.startswith(f"{section}.") for k in ours)
+        if (key == section or key.startswith(f"{section}.")) and not started:
+            raise InputError(f"{where} is for {origin} to say")
+    if any(k.startswith(f"{key}.") for k in ours):
+        raise InputError(f"{where}: {key} is a section")
+
+
+def _read(path: Path) -> Settings:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"strategy.config_file={path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"strategy.config_file={path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"strategy.config_file={path} must hold one object")
+    return content
+
+
+def _leaves(section: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _put(section: Settings, key: str, value: Any) -> None:
+    *outer, last = key.split(".")
+    for name in outer:
+        section = section.setdefault(name, {})
+    section[last] = value

@@ -1,0 +1,270 @@
+"""DeepSpeed: ZeRO stages 0 to 3, started by torchrun like everything else.
+
+The optimiser, precision and checkpoints are ours (torch's optimiser, ``MultiTaskStep``'s autocast over float32
+weights, ``Strategy.save``); of DeepSpeed we take the reduction of gradients, and the partition over ranks of the
+optimiser's state (stage 1), of the gradients (2) and of the weights (3).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mtunet_dist import distributed, optim
+from mtunet_dist.config import Config
+from mtunet_dist.errors import InputError
+from mtunet_dist.multitask import Batch, MultiTaskStep, place
+from mtunet_dist.strategies._deepspeed_settings import settings
+from mtunet_dist.strategies._loss_scale import LossScale
+
+
+class DeepSpeedStrategy:
+    """Gradients averaged, and training state partitioned, by DeepSpeed.
+
+    Weights are kept contiguous whatever ``channels_last`` says, because DeepSpeed lays them out flat; images in
+    channels-last memory make the activations channels-last all the same.
+
+    Options:
+        stage: 0 partitions nothing, 1 the optimiser's state over the ranks, 2 the gradients too, 3 the weights too.
+        offload_optimizer: keep the optimiser's state, and update, on the CPU (stages 1 to 3).
+        config_file: a JSON file of further DeepSpeed settings; what follows from the config must not differ there.
+    """
+
+    def __init__(
+        self,
+        step: MultiTaskStep,
+        config: Config,
+        device: torch.device,
+        *,
+        stage: int = 1,
+        offload_optimizer: bool = False,
+        config_file: str = "",
+    ) -> None:
+        given = settings(
+            config,
+            distributed.world_size(),
+            stage=stage,
+            offload_optimizer=offload_optimizer,
+            config_file=config_file,
+        )
+        self.deepspeed = _import_deepspeed(device)
+        self.device, self.channels_last, self.stage = device, config.channels_last, stage
+        self.unpartitioned = copy.deepcopy(step).cpu() if stage == 3 else None  # on the device in ``whole`` alone
+        self.module = place(step, device, channels_last=False)
+        self.optimizer = optim.build_optimizer(self.module, config.optim)
+        self.scale = LossScale(enabled=config.precision == "fp16")
+        self.own_group = _ensure_group(device)
+        try:
+            # ``zero`` is DeepSpeed's optimiser around ours, or ours itself at stage 0.
+            self.engine, self.zero, _, _ = self.deepspeed.initialize(
+                model=self.module, optimizer=self.optimizer, config=given, dist_init_required=False
+            )
+        except (ValueError, self.deepspeed.DeepSpeedConfigError) as error:  # ValueError is pydantic's
+            self.close()
+            if not config_file:
+                raise
+            raise InputError(f"strategy.config_file={config_file}: {' '.join(str(error).split())}") from None
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        result: tuple[Tensor, dict[str, Tensor]] = self.engine(batch)
+        return result
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
+        self.engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        # The loop has divided by the number of micro-batches already.
+        if self.stage == 0:
+            self.engine.backward(self.scale.value * loss if self.scale.enabled else loss, scale_wrt_gas=False)
+            return
+        if self.scale.enabled:
+            self.zero.override_loss_scale(self.scale.value)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def apply(self, lr: float) -> Tensor:
+        optim.set_lr(self.optimizer, lr)
+        if self.stage == 0:
+            return self._apply_unpartitioned()
+        self.engine.step()
+        self.scale.update(overflow=self.zero.overflow)
+        return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+
+    def _apply_unpartitioned(self) -> Tensor:
+        """``apply`` at stage 0, where DeepSpeed neither tells the norm nor scales the loss of float32 weights."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        if self.scale.enabled:
+            torch._foreach_mul_(gradients, 1 / self.scale.value)
+        norm = nn.utils.get_total_norm(gradients)
+        overflow = self.scale.enabled and not norm.isfinite()
+        if overflow:
+            self.engine.zero_grad()
+        else:
+            self.engine.step()
+        self.scale.update(overflow=overflow)
+        return norm
+
+    @contextmanager
+    def whole(self) -> Iterator[MultiTaskStep]:
+        if self.unpartitioned is None:
+            yield self.module
+            return
+        module = place(self.unpartitioned, self.device, self.channels_last)
+        parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+        with torch.no_grad():
+            for name, value in self._weights():
+                parameters[name].copy_(value)
+            for name, buffer in self.module.named_buffers():
+                buffers[name].copy_(buffer)
+        yield module
+        module.cpu()
+
+    def save(self) -> dict[str, Any]:
+        weights = {name: _copy(value) for name, value in self._weights() if distributed.is_main()}
+        state = self._optimizer_state()
+        if not distributed.is_main():
+            return {}
+        model = {name: weights.get(name, value) for name, value in self.module.state_dict().items()}
+        return {"model": model, "optimizer": state, "scaler": self.scale.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        optim.check_names(self.module, state["optimizer"])
+        if self.stage == 3:
+            self._load_partitioned_weights(state["model"])
+        else:
+            self.module.load_state_dict(state["model"])
+        if self.stage == 0:
+            optim.load_named_state(self.optimizer, self.module, state["optimizer"])
+        else:
+            self._load_optimizer_state(state["optimizer"])
+        self.scale.load_state_dict(state["scaler"])
+
+    def close(self) -> None:
+        if self.own_group:
+            self.deepspeed.comm.destroy_process_group()  # forgets what DeepSpeed keeps of it, too
+            self.own_group = False
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter by name, whole on every rank until the next is asked for."""
+        for name, parameter in self.module.named_parameters():
+            whole = self.deepspeed.zero.GatheredParameters([parameter]) if self.stage == 3 else nullcontext()
+            with whole:
+                yield name, parameter.detach()
+
+    def _load_partitioned_weights(self, model: dict[str, Tensor]) -> None:
+        """The model's state dict into weights in parts, and the copies of the parts that the optimiser works on."""
+        assert self.unpartitioned is not None
+        self.unpartitioned.load_state_dict(model)  # refuses other names and shapes
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                with self.deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    if distributed.is_main():
+                        parameter.copy_(model[name])
+                self.deepspeed.utils.safe_set_local_fp32_param(parameter, _part(parameter, model[name]))
+            buffers = {name: buffer for name, buffer in self.module.named_buffers() if name in model}
+            for name, buffer in buffers.items():
+                buffer.copy_(model[name])
+
+    def _partitions(self) -> list[tuple[list[nn.Parameter], nn.Parameter]]:
+        """Groups of parameters, each with this rank's part of them: the one flat tensor that the optimiser updates."""
+        if self.stage == 3:
+            return list(zip(self.zero.fp16_groups, self.zero.fp32_partitioned_groups_flat, strict=True))
+        return list(zip(self.zero.bit16_groups, self.zero.single_partition_of_fp32_groups, strict=True))
+
+    def _link(self) -> None:
+        """Let DeepSpeed find each parameter's share of the flat states; by itself it does so for one group only."""
+        if self.stage < 3:
+            self.zero._hp_optimizer_states_linked = False
+            self.zero._lazy_init_hp_params_optimizer_state()
+
+    def _optimizer_state(self) -> optim.NamedState:
+        """``optim.named_state`` on rank 0, gathered parameter by parameter."""
+        if self.stage == 0:
+            return optim.named_state(self.optimizer, self.module)
+        self._link()
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        found: optim.NamedState = {}
+        for parameters, flat in self._partitions():
+            slots = self.optimizer.state.get(flat, {})
+            for parameter in parameters:
+                state = found[names[parameter]] = {}
+                for slot, value in slots.items():
+                    if slot != "step":
+                        value = self.deepspeed.utils.safe_get_full_optimizer_state(parameter, slot)
+                    if distributed.is_main():
+                        state[slot] = _copy(value)
+        return {name: found[name] for name in names.values() if name in found}
+
+    def _load_optimizer_state(self, state: optim.NamedState) -> None:
+        if self.stage < 3:
+            self.zero.refresh_fp32_params()
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        for parameters, flat in self._partitions():
+            # All parameters of a group have taken the same number of steps.
+            self.optimizer.state[flat] = {
+                slot: value.to(flat.device, copy=True) if slot == "step" else torch.zeros_like(flat.detach())
+                for slot, value in state[names[parameters[0]]].items()
+            }
+        self._link()
+        utils = self.deepspeed.utils
+        for parameters, _ in self._partitions():
+            for parameter in parameters:
+                for slot, value in state[names[parameter]].items():
+                    if slot == "step":
+                        continue
+                    if self.stage == 3:
+                        utils.safe_set_local_optimizer_state(parameter, _part(parameter, value), slot)
+                    else:
+                        utils.safe_set_full_optimizer_state(parameter, value, slot)
+
+
+def _copy(value: Tensor) -> Tensor:
+    """On the CPU, in memory of its own: a view of a flat buffer would take the buffer into the checkpoint."""
+    return value.detach().to("cpu", copy=True)
+
+
+def _part(parameter: Any, value: Tensor) -> Tensor:
+    """This rank's share, flat, of the full ``value`` of a parameter of stage 3; the last share is padded with zeros."""
+    size = parameter.ds_tensor.numel()
+    share = value.flatten()[distributed.rank() * size :][:size]
+    return nn.functional.pad(share, (0, size - share.numel()))
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed for ``device``, quiet, and without the shared-memory operator that it compiles for a minute at start.
+
+    The import happens here because it asks the environment which accelerator there is.
+    """
+    os.environ["DS_ACCELERATOR"] = device.type
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # it insists, even where nobody launched us
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    # DeepSpeed calls by their old names what torch has renamed, and torch says so at every step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    return deepspeed
+
+
+def _ensure_group(device: torch.device) -> bool:
+    """DeepSpeed needs a process group even for one process; whether it had to be made."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if distributed.is_on():
+        return False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    return True
+
+
+PLUGIN = DeepSpeedStrategy
