@@ -12,11 +12,16 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, run
 
 from mtunet_dist.config import Config, load_config
-from mtunet_dist.errors import InputError, command
+from mtunet_dist.errors import PREEMPTED, InputError, command
+from mtunet_dist.preemption import SIGNALS
+
+# torchrun's own list lacks the last two, and it dies of them.
+PASSED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 
 
 def default_processes(config: Config) -> int:
@@ -50,9 +55,13 @@ def main() -> None:
     # Left alone torchrun gives every process one thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus() // processes)))
     worker = ["-m", "mtunet_dist.train", str(args.config), *args.overrides]
-    torchrun = get_args_parser().parse_args(["--standalone", f"--nproc-per-node={processes}", *worker])
+    options = ["--standalone", f"--nproc-per-node={processes}", f"--signals-to-handle={PASSED_ON}"]
+    torchrun = get_args_parser().parse_args([*options, *worker])
     try:
         run(torchrun)
+    except SignalException as request:
+        # It went on to the processes, which had half a minute to write a checkpoint.
+        sys.exit(PREEMPTED if request.sigval in SIGNALS else 128 + request.sigval)
     except ChildFailedError as failure:
         # The process that failed first has said why; torchrun then ended the others.
         _, first = failure.get_first_failure()

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+PREEMPTED = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again later"
 PATIENCE_S = 5.0  # that other ranks give the first to print an error
 
 
@@ -24,6 +25,10 @@ class NonFiniteLossError(MTUNetError, FloatingPointError):
     """A loss became NaN or infinite. Names the task, step and epoch."""
 
 
+class PreemptedError(MTUNetError):
+    """A training was asked to stop and did, with a checkpoint; the same command goes on."""
+
+
 def closest(name: str, names: Sequence[str]) -> str:
     """`` Did you mean 'x'?`` for a misspelt ``name``, or nothing; goes into an error message."""
     near = difflib.get_close_matches(name, names, n=1)
@@ -31,7 +36,7 @@ def closest(name: str, names: Sequence[str]) -> str:
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Make ``main`` a command: expected errors become one line on stderr and exit code 2.
+    """Make ``main`` a command: expected errors become one line on stderr and exit code 2 (75 when preempted).
 
     Under torchrun mostly all ranks find the same error in the same input, and one line is enough: the first process
     of each node prints it, and its end makes torchrun end the others while they wait. If it does not end, the error
@@ -46,8 +51,9 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         except MTUNetError as error:
             if os.environ.get("LOCAL_RANK", "0") != "0":
                 time.sleep(PATIENCE_S)
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(2)
+            preempted = isinstance(error, PreemptedError)
+            print(error if preempted else f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(PREEMPTED if preempted else 2)
         except RuntimeError:
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 time.sleep(2 * PATIENCE_S)

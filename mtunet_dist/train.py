@@ -19,10 +19,11 @@ from torch import Tensor
 from mtunet_dist import distributed, optim, pictures
 from mtunet_dist import run as runs
 from mtunet_dist.config import Config, load_config
-from mtunet_dist.errors import NonFiniteLossError, command
+from mtunet_dist.errors import NonFiniteLossError, PreemptedError, command
 from mtunet_dist.evaluate import evaluate
 from mtunet_dist.metrics import higher_is_better
 from mtunet_dist.multitask import Batch, share_valid_counts
+from mtunet_dist.preemption import StopRequest
 from mtunet_dist.run import Run
 from mtunet_dist.tracking import StepReport, Tracker
 
@@ -33,8 +34,9 @@ def train(config: Config, on_eval: OnEval | None = None) -> dict[str, float]:
     """Train as ``config`` says and return the metrics of the last evaluation.
 
     ``on_eval(step, metrics)`` is called on every rank after each evaluation. Joins torchrun's process group, or
-    one that exists, or runs alone. Raises InputError for anything wrong with config, data or checkpoint, and
-    NonFiniteLossError when a loss stops being a number.
+    one that exists, or runs alone. Raises InputError for anything wrong with config, data or checkpoint,
+    NonFiniteLossError when a loss stops being a number, and PreemptedError, with a checkpoint written, within
+    ``log.every_steps`` steps after SIGTERM, SIGUSR1 or SIGUSR2 came to any rank.
     """
     device = distributed.pick_device(config.device)
     with distributed.process_group(device, config.timeout_s), closing(runs.start(config, device)) as run:
@@ -48,12 +50,12 @@ def train(config: Config, on_eval: OnEval | None = None) -> dict[str, float]:
                 steps_per_epoch=run.order.steps_per_epoch,
                 batch_size=config.batch_size,
             )
-            with closing(tracker):
-                _loop(run, tracker, on_eval)
+            with closing(tracker), StopRequest() as stop:
+                _loop(run, tracker, stop, on_eval)
         return run.metrics
 
 
-def _loop(run: Run, tracker: Tracker, on_eval: OnEval | None) -> None:
+def _loop(run: Run, tracker: Tracker, stop: StopRequest, on_eval: OnEval | None) -> None:
     config, order, step = run.config, run.order, run.module
     batches = run.loader.batches(start=run.step * order.accumulate)
     window: list[Tensor] = []  # losses and gradient norms of the steps since the last report, on the device
@@ -70,19 +72,23 @@ def _loop(run: Run, tracker: Tracker, on_eval: OnEval | None) -> None:
         save |= config.checkpoint.every_steps > 0 and run.step % config.checkpoint.every_steps == 0
         if epoch_done:
             step.weighting.end_epoch()
+        best = stopping = False
         if epoch_done or save or run.step % config.log.every_steps == 0:  # so nothing non-finite is ever saved
-            tracker.steps(run.step, _report(run, window, lr))
+            report, stopping = _report(run, window, lr, stop)
+            tracker.steps(run.step, report)
             window.clear()
 
-        best = False
         with tracker.paused():
             if last or (epoch_done and config.eval_every_epochs and epoch % config.eval_every_epochs == 0):
                 best = _evaluate(run, tracker)
                 if on_eval is not None:
                     on_eval(run.step, run.metrics)
-            if save or best or last:
+            if save or best or last or stopping:
                 tracker.flush()
                 runs.save(run, best=best)
+        if stopping and not last:
+            reason = f"{stop.received.name} received" if stop.received else "another process was asked to stop"
+            raise PreemptedError(f"{reason}: stopped after step {run.step}, which is saved; the same command goes on")
 
 
 def _optimiser_step(run: Run, batches: Iterator[Batch], lr: float) -> Tensor:
@@ -99,12 +105,14 @@ def _optimiser_step(run: Run, batches: Iterator[Batch], lr: float) -> Tensor:
     return torch.cat([torch.stack(rows).mean(0), run.strategy.apply(lr)[None]])
 
 
-def _report(run: Run, window: list[Tensor], lr: float) -> StepReport:
-    """Bring the figures of the last steps to the host, once, averaged over ranks.
+def _report(run: Run, window: list[Tensor], lr: float, stop: StopRequest) -> tuple[StepReport, bool]:
+    """Bring the figures of the last steps to the host, once, averaged over ranks; and whether any is asked to stop.
 
     Raises NonFiniteLossError, on all ranks alike, that names task, step and epoch.
     """
-    steps = (distributed.all_reduce_sum(torch.stack(window).double()) / distributed.world_size()).cpu()
+    asked = torch.full_like(window[0][:1], stop.received is not None)
+    total = distributed.all_reduce_sum(torch.cat([asked, *window]).double()).cpu()
+    steps = total[1:].view(len(window), -1) / distributed.world_size()
     tasks = [task.name for task in run.module.tasks]
     names = [*(f"loss '{name}'" for name in [*tasks, "total"]), "gradient norm"]
     if run.config.precision == "fp16":
@@ -122,7 +130,8 @@ def _report(run: Run, window: list[Tensor], lr: float) -> StepReport:
     skipped = 0
     if run.config.data.on_error == "skip":
         skipped = int(distributed.all_reduce_sum(torch.tensor(run.loader.skipped, device=run.device)))
-    return StepReport(losses, weights, lr, grad_norm=steps[-1, -1].item(), skipped=skipped)
+    report = StepReport(losses, weights, lr, grad_norm=steps[-1, -1].item(), skipped=skipped)
+    return report, total[0].item() > 0
 
 
 def _evaluate(run: Run, tracker: Tracker) -> bool:

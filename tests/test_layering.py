@@ -20,6 +20,7 @@ LAYERS = [
     ["strategies", "optim", "checkpoint", "tracking", "pictures", "baselines"],
     ["evaluate"],
     ["run"],
+    ["preemption"],
     ["train", "predict", "prepare", "summary", "synthesize"],
     ["cli"],
 ]

@@ -1,0 +1,122 @@
+"""Asked to stop: a checkpoint at a step boundary, exit code 75, and the same command ends with the same bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from training import LAUNCH, MakeConfig, assert_same_state, final_state, kill_all, on_two_ranks, records
+
+from mtunet_dist import distributed
+from mtunet_dist.config import Config, load_config
+from mtunet_dist.errors import PREEMPTED, PreemptedError
+from mtunet_dist.preemption import SIGNALS, StopRequest
+from mtunet_dist.tracking import StepReport, Tracker
+from mtunet_dist.train import train
+
+SETTINGS = ["epochs=4", "log.every_steps=2", "eval_every_epochs=2", "data.augment.flip=true"]
+
+
+def signal_after(step: int, rank: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have ``rank`` send itself a signal once ``step`` has been reported."""
+    steps = Tracker.steps
+
+    def send(self: Tracker, done: int, report: StepReport) -> None:
+        steps(self, done, report)
+        if done == step and distributed.rank() == rank:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Tracker, "steps", send)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_the_training_at_the_next_report_with_a_checkpoint(
+    make_config: MakeConfig, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, whole = (make_config(*SETTINGS, f"run_dir={tmp_path / name}") for name in ("asked", "whole"))
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        signal_after(6, 0, number, patch)
+        with pytest.raises(PreemptedError, match=rf"{number.name} received: stopped after step 8"):
+            train(asked)
+    assert signal.getsignal(number) == before
+    assert final_state(asked.run_dir)["step"] == 8  # in the middle of an epoch of 3 steps
+    train(asked)
+    train(whole)
+    assert_same_state(final_state(asked.run_dir), final_state(whole.run_dir))
+    assert [r["step"] for r in records(asked.run_dir, "train")] == [r["step"] for r in records(whole.run_dir, "train")]
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(make_config: MakeConfig, tmp_path: Path) -> None:
+    asked, whole = (make_config(*SETTINGS, f"run_dir={tmp_path / name}") for name in ("asked", "whole"))
+    on_two_ranks(_train_until_asked, asked)
+    assert final_state(asked.run_dir)["step"] == 4
+    on_two_ranks(train, asked)
+    on_two_ranks(train, whole)
+    assert_same_state(final_state(asked.run_dir), final_state(whole.run_dir))
+
+
+def _train_until_asked(config: Config) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        signal_after(3, 1, signal.SIGUSR1, patch)
+        reason = "SIGUSR1 received" if distributed.rank() == 1 else "another process was asked to stop"
+        with pytest.raises(PreemptedError, match=rf"{reason}: stopped after step 4"):
+            train(config)
+
+
+def test_a_request_after_the_last_step_changes_nothing(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal_after(9, 0, signal.SIGTERM, monkeypatch)
+    config = make_config("epochs=4", "log.every_steps=100")
+    assert train(config)
+    assert final_state(config.run_dir)["step"] == 12
+
+
+def test_other_threads_than_the_main_one_leave_the_handlers_alone() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    seen: list[object] = []
+
+    def enter() -> None:
+        with StopRequest():
+            seen.extend(signal.getsignal(number) for number in SIGNALS)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_the_launcher_passes_the_request_on_and_says_try_again(
+    overrides: list[str], tmp_path: Path, number: signal.Signals
+) -> None:
+    config_file, run_dir = tmp_path / "config.yaml", tmp_path / "run"
+    config_file.write_text("{}\n")
+    words = [str(config_file), *overrides, "log.every_steps=1", "eval_every_epochs=0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    try:
+        process = subprocess.Popen(
+            [*LAUNCH, *words, "epochs=1000000"], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 120
+        while not ((run_dir / "metrics.jsonl").is_file() and len(records(run_dir, "train")) > 4):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        kill_all(run_dir)
+    assert process.returncode == PREEMPTED
+    assert f"{number.name} received: stopped after step " in errors
+    assert "Traceback" not in errors
+    step = final_state(run_dir)["step"]
+    assert step == records(run_dir, "train")[-1]["step"]
+    config = load_config(config_file, [*words[1:], f"epochs={step // 3 + 1}"])
+    on_two_ranks(train, config)
+    assert final_state(run_dir)["step"] == (step // 3 + 1) * 3
