@@ -127,6 +127,7 @@ class Config:
     eval_every_epochs: int = 1  # 0 = only after the last epoch
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
+    compile: bool = False  # the network, by torch.compile; the first steps then take minutes
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
     timeout_s: float = 600.0  # a collective that takes longer is an error

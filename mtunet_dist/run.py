@@ -44,6 +44,7 @@ MAY_CHANGE = (
     "eval_batch_size",
     "eval_every_epochs",
     "channels_last",
+    "compile",
     "device",
     "timeout_s",
     "checkpoint",
@@ -157,6 +158,8 @@ def _build(config: Config, device: torch.device) -> Run:
     if config.checkpoint.best not in known:
         raise InputError(f"checkpoint.best={config.checkpoint.best} is no metric. Available: {', '.join(known)}")
     parameters = sum(p.numel() for p in step.model.parameters())
+    if config.compile:
+        step.model.compile()  # in place, so that no name in a checkpoint changes
     strategy = plugins.build("strategy", config.strategy, step, config, device)
     picture_batch = None
     if config.log.pictures and distributed.is_main():

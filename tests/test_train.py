@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import math
 import os
 import shutil
@@ -14,6 +16,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch._dynamo.utils import counters
 from training import LAUNCH, MakeConfig, final_state, kill_all, on_two_ranks, records
 
 from mtunet_dist import checkpoint
@@ -84,6 +87,25 @@ def test_one_task_alone(make_config: MakeConfig, task: str) -> None:
     metrics = train(make_config("epochs=1", f"tasks=[{task}]", f"checkpoint.best={best}", "weighting.name=equal"))
     assert best in metrics
     assert len([k for k in metrics if k.startswith("loss/")]) == 1
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed"])
+def test_a_compiled_step_is_the_eager_one_under_the_same_names(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    """Traced for real; the backend that then runs the graph as it is spares the compiler's time."""
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager"))
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)  # pytest would write it all down
+    torch.compiler.reset()
+    counters.clear()
+    settings = ["optim.name=sgd", "optim.lr=1.0", "model.dropout=0.0", "log.pictures=0", f"strategy.name={strategy}"]
+    eager = _updated_weights(make_config(*settings))
+    assert not counters["stats"]["unique_graphs"]
+    compiled = _updated_weights(make_config(*settings, "compile=true", f"run_dir={tmp_path / 'compiled'}"))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert compiled.keys() == eager.keys()
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
 
 
 def test_accumulation_equals_the_whole_batch(make_config: MakeConfig, tmp_path: Path) -> None:

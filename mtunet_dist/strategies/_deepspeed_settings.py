@@ -24,6 +24,9 @@ def settings(config: Config, world_size: int, *, stage: int, offload_optimizer: 
         raise InputError(f"strategy.stage={stage} is no stage of ZeRO. Available: {', '.join(map(str, STAGES))}")
     if offload_optimizer and stage == 0:
         raise InputError("strategy.offload_optimizer=true needs strategy.stage=1, 2 or 3")
+    if config.compile and stage == 3:
+        # DeepSpeed's hooks around every layer break the graph there: slower than no compilation at all.
+        raise InputError("compile=true leaves nothing to compile under strategy.stage=3; choose stage 0, 1 or 2")
     ours = _of_config(config, world_size, stage, offload_optimizer)
     result: Settings = {}
     for key, (value, _) in ours.items():
