@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from mtunet_dist.config import Config, load_config
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.prepare import prepare
+
+torch.set_num_threads(1)  # as each rank has in these tests: with more, convolutions round differently
 
 HEIGHT, WIDTH = 32, 48
 COUNTS = {"train": 12, "val": 5}
