@@ -1,6 +1,6 @@
 """Images/s, CPU seconds and memory of loading, ours and others', from the same images.
 
-    python -m mtunet_dist.prepare nyuv2 PATH/TO/nyuv2_288x384 data/nyuv2
+    python -m mtunet_dist.prepare nyuv2_mat PATH/TO/nyu_depth_v2_labeled.mat data/nyuv2
     python benchmarks/loader.py data/nyuv2 --out benchmarks/results/loader_cpu
 
 Every loader gives batches of uint8 images, uint8 labels and float32 depths, shuffled, without augmentation unless its

@@ -42,9 +42,11 @@ def save(folder: Path, state: State, *, keep: int, best: bool) -> Path:
         torch.save({"format": FORMAT, **state}, file)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
     if best:
-        _publish(path, folder / "best.pt")
+        _publish(temporary, folder / "best.pt")  # first: under its own name the file says that it is the best
+    temporary.replace(path)
+    for half_written in folder.glob("*.tmp"):  # by a process that was killed
+        half_written.unlink()
     newest_first = by_age(folder)
     this = newest_first.index(path)
     for other in newest_first[:this] + newest_first[this + keep :]:

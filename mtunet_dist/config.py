@@ -394,6 +394,8 @@ def _check(config: Config) -> None:
     for key, value in not_negative.items():
         if not value >= 0:
             raise InputError(f"{key}={value} must not be negative")
+    if config.seed >= 1 << 32:
+        raise InputError(f"seed={config.seed} must be less than 2**32")
     if not all(0 <= beta < 1 for beta in config.optim.betas):
         raise InputError(f"optim.betas={list(config.optim.betas)} must be two numbers in [0, 1)")
     if not 0 <= config.optim.momentum < 1:

@@ -22,7 +22,7 @@ from mtunet_dist.data.order import EvalOrder, TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.data.splits import Split
 from mtunet_dist.data.torch_loader import TorchLoader
-from mtunet_dist.errors import InputError
+from mtunet_dist.errors import InputError, MTUNetError
 from mtunet_dist.evaluate import eval_loader, metric_names
 from mtunet_dist.multitask import Batch, MultiTaskStep, build_step, check_model
 from mtunet_dist.strategies._strategy import Strategy
@@ -108,8 +108,12 @@ def start(config: Config, device: torch.device) -> Run:
     training has the folder.
     """
     run = _build(config, device)
-    distributed.decide(lambda: _claim(run))
-    _restore(run)
+    try:
+        distributed.decide(lambda: _claim(run))
+        _restore(run)
+    except MTUNetError:
+        run.close()
+        raise
     if distributed.is_main() and not run.finished:
         (run.dir / "pictures").mkdir(exist_ok=True)
         save_config(config, run.dir / "config.yaml")
@@ -123,6 +127,7 @@ def save(run: Run, *, best: bool) -> None:
     ranks = distributed.gather_to_main(_rank_state(run))
     strategy_state = run.strategy.save()
     statistics = distributed.mean_over_ranks(distributed.running_statistics(run.module))
+    state: checkpoint.State = {}
     if distributed.is_main():
         strategy_state["model"] |= statistics
         state = {
@@ -135,7 +140,14 @@ def save(run: Run, *, best: bool) -> None:
             "dataset": json.dumps(dataclasses.asdict(run.dataset.info)),
             "fingerprint": run.train_split.fingerprint,
         }
-        checkpoint.save(run.dir / "checkpoints", state, keep=run.config.checkpoint.keep, best=best)
+
+    def write() -> None:
+        try:
+            checkpoint.save(run.dir / "checkpoints", state, keep=run.config.checkpoint.keep, best=best)
+        except OSError as error:
+            raise MTUNetError(f"cannot save a checkpoint in {run.dir}: {error.strerror}") from error
+
+    distributed.decide(write)  # no rank goes on, and perhaps ends, before the file is there
 
 
 def _build(config: Config, device: torch.device) -> Run:
@@ -200,9 +212,9 @@ def _restore(run: Run) -> None:
         run.best = state["best"]["value"]
 
 
-def _best_of(config: Config) -> dict[str, str]:
+def _best_of(config: Config) -> dict[str, str | int]:
     """What the value of the best model is a value of."""
-    return {"metric": config.checkpoint.best, "split": config.data.eval}
+    return {"metric": config.checkpoint.best, "split": config.data.eval, "batch": config.eval_batch_size}
 
 
 def _check_same_training(run: Run, state: checkpoint.State) -> None:

@@ -8,11 +8,12 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from training import LAUNCH, MakeConfig, assert_same_state, final_state, kill_all, on_two_ranks, records
 
-from mtunet_dist import distributed
+from mtunet_dist import checkpoint, distributed
 from mtunet_dist.config import Config, load_config
 from mtunet_dist.errors import PREEMPTED, PreemptedError
 from mtunet_dist.preemption import SIGNALS, StopRequest
@@ -59,6 +60,31 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(make_config: MakeConfig
     on_two_ranks(train, asked)
     on_two_ranks(train, whole)
     assert_same_state(final_state(asked.run_dir), final_state(whole.run_dir))
+
+
+def test_no_rank_leaves_before_the_checkpoint_is_written(make_config: MakeConfig, tmp_path: Path) -> None:
+    """torchrun ends all processes some time after the first has ended."""
+    config = make_config(*SETTINGS)
+    on_two_ranks(_train_and_save_slowly, config, tmp_path / "left")
+    assert (tmp_path / "left").stat().st_mtime >= checkpoint.path_of(
+        Path(config.run_dir) / "checkpoints", 4
+    ).stat().st_mtime
+
+
+def _train_and_save_slowly(config: Config, left: Path) -> None:
+    save = checkpoint.save
+
+    def save_slowly(*args: Any, **options: Any) -> Path:
+        time.sleep(2)
+        return save(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        signal_after(3, 1, signal.SIGUSR1, patch)
+        patch.setattr(checkpoint, "save", save_slowly)
+        with pytest.raises(PreemptedError):
+            train(config)
+    if distributed.rank() == 1:
+        left.touch()
 
 
 def _train_until_asked(config: Config) -> None:

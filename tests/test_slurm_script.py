@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "slurm" / "train.sbatch"
+SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # torchrun dies of the last two otherwise
 FAKES = {
     "srun": r"""
         printf '%s\0' "$@" >"$RECORD/srun"
@@ -81,7 +82,7 @@ def test_one_node_without_gpus_runs_one_process_with_all_its_cpus(cluster: Clust
     result = cluster.run("configs/x.yaml", "epochs=2")
     assert result.returncode == 0, result.stderr
     assert cluster.recorded("python0") == [
-        *("-m", "torch.distributed.run", "--node-rank=0", "--nnodes=1", "--nproc-per-node=1"),
+        *("-m", "torch.distributed.run", "--node-rank=0", SIGNALS, "--nnodes=1", "--nproc-per-node=1"),
         *("--master-addr=n7", "--master-port=15042", "-m", "mtunet_dist.train", "configs/x.yaml", "epochs=2"),
     ]
     assert cluster.recorded("srun")[:4] == [
@@ -100,7 +101,7 @@ def test_two_nodes_with_four_gpus_run_an_agent_each_and_a_process_per_gpu(cluste
     ]
     for node in ("0", "1"):
         assert cluster.recorded(f"python{node}") == [
-            *("-m", "torch.distributed.run", f"--node-rank={node}", "--nnodes=2", "--nproc-per-node=4"),
+            *("-m", "torch.distributed.run", f"--node-rank={node}", SIGNALS, "--nnodes=2", "--nproc-per-node=4"),
             *("--master-addr=n7", "--master-port=15042", "-m", "mtunet_dist.train", "x.yaml"),
         ]
     assert cluster.recorded("threads") == ["8"]

@@ -65,20 +65,26 @@ def _assert_same(a: Any, b: Any, where: str) -> None:
 
 
 def on_two_ranks(function: Callable[..., object], *args: object) -> None:
-    """Call ``function(*args)`` in two new processes that form a group, with one thread each.
+    """``on_ranks`` with two."""
+    on_ranks(2, function, *args)
+
+
+def on_ranks(count: int, function: Callable[..., object], *args: object) -> None:
+    """Call ``function(*args)`` in ``count`` new processes that form a group, with one thread each.
 
     They are forked from a server that has imported everything and has no threads: starting them takes no time, and
     DALI, which does not survive a fork once it has run, has not run there.
     """
     multiprocessing.set_forkserver_preload(["__main__", "mtunet_dist.train", "mtunet_dist.data.dali"])
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, args=(Path(folder) / "store", function, args), nprocs=2, start_method="forkserver")
+        store = Path(folder) / "store"
+        mp.start_processes(_rank, (store, count, function, args), nprocs=count, start_method="forkserver")
 
 
-def _rank(rank: int, store: Path, function: Callable[..., object], args: tuple[object, ...]) -> None:
+def _rank(rank: int, store: Path, count: int, function: Callable[..., object], args: tuple[object, ...]) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timedelta(seconds=60)
     )
     function(*args)
     torch.distributed.destroy_process_group()

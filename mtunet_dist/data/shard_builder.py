@@ -62,8 +62,15 @@ class ShardTask:
     @property
     def fingerprint(self) -> str:
         """Equal for tasks that make the same shard of the same source files."""
-        content = [FORMAT, dataclasses.asdict(self.settings), [repr(sample) for sample in self.samples]]
+        files = [[repr(sample), *_stamps(sample)] for sample in self.samples]
+        content = [FORMAT, dataclasses.asdict(self.settings), files]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _stamps(sample: Sample) -> list[tuple[int, int]]:
+    """Size and time of the last change of the files that ``sample`` names."""
+    found = [path.stat() for path in vars(sample).values() if isinstance(path, Path)]
+    return [(stat.st_size, stat.st_mtime_ns) for stat in found]
 
 
 @dataclass

@@ -54,16 +54,6 @@ def decode(data: bytes, part: Part, name: str) -> np.ndarray:
     return pixels
 
 
-def check_header(data: bytes, part: Part, name: str, size: tuple[int, int]) -> None:
-    """Check the format and ``size`` (H, W) that an image's header gives. Raises InputError as ``decode``.
-
-    To be done before decoding: a damaged header can ask for gigabytes.
-    """
-    found = _header(io.BytesIO(data), part, name)
-    if found != size:
-        raise InputError(f"{name}: size {found} instead of {size}")
-
-
 def read_images(sample: SampleFiles, table: np.ndarray) -> RawSample:
     """Read the files of ``sample``: labels through ``table`` (see ``id_table``), depth as it is stored.
 

@@ -47,10 +47,30 @@ class DDPStrategy:
                 bucket_cap_mb=bucket_cap_mb,
                 gradient_as_bucket_view=gradient_as_bucket_view,
             )
+            self._settle_buckets(device)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         result: tuple[Tensor, dict[str, Tensor]] = self.wrapped(batch)
         return result
+
+    def _settle_buckets(self, device: torch.device) -> None:
+        """Have DDP sort its gradient buckets, which it does once, after the first backward pass of a process.
+
+        The order of the sums over three ranks or more depends on it, so a resumed run would drift from one that went
+        through. In evaluation mode the pass leaves nothing behind: no statistics, no random numbers, no losses noted.
+        """
+        size = 64  # one that all models take
+        batch = {
+            "image": torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device),
+            "segmentation": torch.zeros(1, size, size, dtype=torch.uint8, device=device),
+            "depth": torch.ones(1, 1, size, size, device=device),
+        }
+        training = self.module.training
+        self.module.eval()
+        with torch.compiler.set_stance("force_eager"):
+            self(batch)[0].backward()
+        self.module.train(training)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
         if isinstance(self.wrapped, DistributedDataParallel) and not last:
