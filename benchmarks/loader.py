@@ -38,9 +38,8 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from mtunet_dist import distributed
-from mtunet_dist.config import Config, load_config
-from mtunet_dist.data.augmentation import Augmentation
-from mtunet_dist.data.loader import make_loader
+from mtunet_dist.config import AugmentConfig, Config, load_config
+from mtunet_dist.data.loader import make_augmentation, make_loader
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.data.splits import ShardSplit
@@ -69,9 +68,7 @@ def ours(setting: Setting, *, root: Path | None = None, scales: tuple[float, ...
     config = setting.config
     dataset = PreparedDataset(root or Path(config.data.root))
     split, info = dataset.split(config.data.train), dataset.info
-    augmentation = None
-    if scales != (1.0,):
-        augmentation = Augmentation(info.height, info.width, info.depth.kind, flip=True, scales=scales)
+    augmentation = make_augmentation(AugmentConfig(flip=scales != (1.0,), scales=scales), info, config.seed)
     device = distributed.pick_device(config.device)
     order = TrainOrder(len(split), batch_size=config.batch_size, seed=config.seed)
     return make_loader(replace(config.data, **changes), split, order, device, augmentation).batches()

@@ -181,7 +181,7 @@ def _merge(schema: type[T], layers: list[Any], overrides: Sequence[str]) -> T:
     except OmegaConfBaseException as error:
         raise InputError(_one_line(error)) from None
     assert isinstance(merged, schema)
-    for key, value in _leaves(_as_dict(merged)):
+    for key, value in leaves(_as_dict(merged)):
         numbers = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             raise InputError(f"{key}={_shown(value)} must be finite")
@@ -200,7 +200,7 @@ def to_yaml(config: object) -> str:
 
 def flat(config: Config) -> dict[str, Any]:
     """``config`` as one level of dotted keys."""
-    return dict(_leaves(dataclasses.asdict(config)))
+    return dict(leaves(dataclasses.asdict(config)))
 
 
 def plugin_options(
@@ -236,11 +236,11 @@ def _as_dict(instance: object) -> dict[str, Any]:
     return dataclasses.asdict(instance)
 
 
-def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and the values that are no sections."""
     for key, value in section.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

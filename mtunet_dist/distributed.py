@@ -98,6 +98,12 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
+def everyone(value: T) -> list[T]:
+    """Every rank's picklable ``value`` in rank order, on every rank."""
+    values: list[T] = from_main(gather_to_main(value))
+    return values
+
+
 def decide(choose: Callable[[], T]) -> T:
     """What ``choose`` returns on rank 0, on every rank; it is called there alone.
 

@@ -6,8 +6,6 @@ The folder explains itself: config.yaml, environment.json, metrics.jsonl, tensor
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
 import json
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +22,7 @@ from mtunet_dist.data.splits import Split
 from mtunet_dist.data.torch_loader import TorchLoader
 from mtunet_dist.errors import InputError, MTUNetError
 from mtunet_dist.evaluate import eval_loader, metric_names
+from mtunet_dist.folder_lock import lock_folder
 from mtunet_dist.multitask import Batch, MultiTaskStep, build_step, check_model
 from mtunet_dist.strategies._strategy import Strategy
 
@@ -276,23 +275,5 @@ def _local_sums(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _claim(run: Run) -> None:
-    """Take the run folder until the run is closed or its process ends, however it ends.
-
-    Raises InputError if another training has it, or if nothing can be written there.
-    """
-    folder = run.dir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("wb")
-    except OSError as error:
-        raise InputError(f"run_dir={folder} cannot be written: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise InputError(f"another training is writing to {folder}; stop it, or choose another run_dir") from None
-    except OSError as error:
-        # Some network file systems know no locks; there, two trainings in one folder are the user's to avoid.
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-    run.lock = lock
+    """Take the run folder until the run is closed. Raises InputError as ``lock_folder``."""
+    run.lock = lock_folder(run.dir, f"another training is writing to {run.dir}; stop it, or choose another run_dir")

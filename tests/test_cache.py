@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from training import final_state
+from training import final_state, on_two_ranks
 
+from mtunet_dist import distributed
 from mtunet_dist.config import Config, DataConfig
 from mtunet_dist.data import node_memory
 from mtunet_dist.data.augmentation import Augmentation
@@ -99,7 +99,7 @@ def test_the_cache_may_change_when_a_run_goes_on(make_config: Callable[..., Conf
 
 
 def test_two_ranks_share_the_memory_and_decode_half_each(prepared: Path, tmp_path: Path) -> None:
-    mp.spawn(_rank, args=(prepared, tmp_path), nprocs=2)
+    on_two_ranks(_take_share, prepared, tmp_path)
     alone = TrainOrder(12, batch_size=4, seed=1)
     together = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for step, batch in enumerate(take(NONE, PreparedDataset(prepared), alone, 4)):
@@ -109,8 +109,8 @@ def test_two_ranks_share_the_memory_and_decode_half_each(prepared: Path, tmp_pat
     assert [rank["decoded"] for rank in together] == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 11]]
 
 
-def _rank(rank: int, prepared: Path, folder: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+def _take_share(prepared: Path, folder: Path) -> None:
+    rank = distributed.rank()
     dataset = PreparedDataset(prepared)
     split, decoded = dataset.split("train"), []
     decode = split.decode
@@ -125,14 +125,13 @@ def _rank(rank: int, prepared: Path, folder: Path) -> None:
         },
     }
     torch.save(result, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_what_does_not_fit_or_decode_is_refused_on_all_ranks(prepared: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(prepared, tmp_path / "broken")
     shard = broken / "train-00001.tar"  # samples 4 to 7, two for each rank
     shard.write_bytes(bytes(shard.stat().st_size))
-    mp.spawn(_refused_rank, args=(prepared, broken, tmp_path), nprocs=2)
+    on_two_ranks(_be_refused, prepared, broken, tmp_path)
     needed = 12 * 32 * 48 * 6
     for rank in range(2):
         too_large, corrupt = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -142,8 +141,8 @@ def test_what_does_not_fit_or_decode_is_refused_on_all_ranks(prepared: Path, tmp
         assert "rgb of 004 in" in corrupt
 
 
-def _refused_rank(rank: int, prepared: Path, broken: Path, folder: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+def _be_refused(prepared: Path, broken: Path, folder: Path) -> None:
+    rank = distributed.rank()
     free = 12 * 32 * 48 * 6 if rank == 0 else 1 << 40  # rank 0 is the one that asks; nothing is to spare
     order = TrainOrder(12, batch_size=4, rank=rank, world_size=2)
     messages = []
@@ -153,7 +152,6 @@ def _refused_rank(rank: int, prepared: Path, broken: Path, folder: Path) -> None
             make_loader(DataConfig(root="", cache="host"), PreparedDataset(root).split("train"), order, CPU)
         messages.append(str(error.value))
     (folder / f"{rank}.json").write_text(json.dumps(messages))
-    torch.distributed.destroy_process_group()
 
 
 def test_free_memory_is_the_strictest_of_machine_and_cgroups(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from mtunet_dist.config import DataConfig
 from mtunet_dist.data.loader import make_loader
 from mtunet_dist.data.order import EvalOrder
 from mtunet_dist.data.prepared import PreparedDataset, verify
-from mtunet_dist.data.shard_builder import encode
+from mtunet_dist.data.shard_builder import encode_sample
 from mtunet_dist.data.shards import RgbFormat
 from mtunet_dist.errors import InputError
 from mtunet_dist.prepare import prepare
@@ -178,7 +178,7 @@ class Shards:
 
     def __init__(self, folder: Path, rgb_format: RgbFormat) -> None:
         pixels = scene()
-        sample = encode("x", RawSample(pixels["rgb png"], pixels["label"], pixels["depth"]), rgb_format, "png")
+        sample = encode_sample("x", RawSample(pixels["rgb png"], pixels["label"], pixels["depth"]), rgb_format, "png")
         members = {f"rgb {rgb_format}": sample.rgb}
         if rgb_format == "jpeg":
             members |= {"label": sample.label, "depth": sample.depth}

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from training import MakeConfig, assert_same_state, copy_as_of, final_state, on_two_ranks, records
+from training import MakeConfig, assert_same_state, copy_as_of, final_state, on_two_ranks, records, train_each
 
 from mtunet_dist import distributed, plugins
-from mtunet_dist.config import Config, load_config
+from mtunet_dist.config import load_config
 from mtunet_dist.errors import InputError
 from mtunet_dist.multitask import Batch, MultiTaskStep, build_step, share_valid_counts
 from mtunet_dist.schema import ClassInfo, DepthInfo
 from mtunet_dist.strategies._loss_scale import LossScale
 from mtunet_dist.strategies._strategy import Strategy
-from mtunet_dist.train import train as run_training
 
 State = dict[str, Any]
 
@@ -328,11 +326,6 @@ def test_the_loss_scale_grows_as_torchs() -> None:
 # Whole trainings.
 
 
-def _train_each(configs: Sequence[Config]) -> None:
-    for config in configs:
-        run_training(config)
-
-
 def test_a_training_under_stage_3_resumes_to_the_bit_and_evaluates_as_under_ddp(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -341,10 +334,10 @@ def test_a_training_under_stage_3_resumes_to_the_bit_and_evaluates_as_under_ddp(
     settings = {name: [*common, f"run_dir={tmp_path / name}"] for name in names}
     stage_3 = [*settings["whole"], *zero(3, tmp_path)]
     ddp, whole = make_config(*settings["ddp"]), make_config(*stage_3)
-    on_two_ranks(_train_each, [ddp, whole])
+    on_two_ranks(train_each, [ddp, whole])
     again = make_config(*settings["again"], *zero(3, tmp_path))
     copy_as_of(2, tmp_path / "whole", tmp_path / "again")
-    on_two_ranks(_train_each, [again])
+    on_two_ranks(train_each, [again])
     assert_same_state(final_state(again.run_dir), final_state(whole.run_dir))
     for a, b in zip(records(whole.run_dir, "eval"), records(ddp.run_dir, "eval"), strict=True):
         assert a["loss/depth"] == pytest.approx(b["loss/depth"], rel=1e-3)

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from PIL import Image
+from training import on_ranks
 
-from mtunet_dist import checkpoint
+from mtunet_dist import checkpoint, distributed
 from mtunet_dist import evaluate as evaluation
 from mtunet_dist import predict as prediction
 from mtunet_dist.baselines import ConstantPredictor
@@ -42,7 +42,7 @@ def evaluated(config: Config) -> Evaluation:
 @pytest.mark.parametrize("batch", [4, 10])  # of 17 samples: 5 batches, 2, 2 and 1 for the ranks; or 1, 1 and none
 def test_three_ranks_with_uneven_shards_agree_with_one(make_config: MakeConfig, tmp_path: Path, batch: int) -> None:
     config = make_config(f"eval_batch_size={batch}")
-    mp.spawn(_rank, args=(config, tmp_path), nprocs=3)
+    on_ranks(3, _evaluate_and_write, config, tmp_path)
     alone = evaluated(config)
     assert alone.samples == 17
     for rank in range(3):
@@ -52,11 +52,8 @@ def test_three_ranks_with_uneven_shards_agree_with_one(make_config: MakeConfig, 
         assert together["class_iou"] == pytest.approx(alone.class_iou, rel=1e-12)
 
 
-def _rank(rank: int, config: Config, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=3)
-    (folder / f"{rank}.json").write_text(json.dumps(evaluated(config).as_dict()))
-    torch.distributed.destroy_process_group()
+def _evaluate_and_write(config: Config, folder: Path) -> None:
+    (folder / f"{distributed.rank()}.json").write_text(json.dumps(evaluated(config).as_dict()))
 
 
 def test_metrics_hold_both_families(make_config: MakeConfig) -> None:

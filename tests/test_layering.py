@@ -11,7 +11,7 @@ PACKAGE = REPOSITORY / "mtunet_dist"
 # Each layer may import the ones above it and its own. First match wins; a file that matches none fails the test.
 LAYERS = [
     ["errors", "schema"],
-    ["plugins", "distributed"],
+    ["plugins", "distributed", "folder_lock"],
     ["config"],
     ["losses", "metrics", "models", "synthetic"],
     ["weightings", "sources"],

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from nvidia.dali import fn, pipeline_def
-from training import final_state, on_two_ranks, records
+from training import final_state, on_two_ranks, records, train_each
 
 from mtunet_dist.baselines import ConstantPredictor
 from mtunet_dist.config import TASKS, Config, DaliConfig, DataConfig
@@ -276,17 +276,12 @@ def test_two_ranks_train_past_a_broken_sample(
     words = {"dali": [], "torch": ["data.loader=torch", "data.threads=1"], "cache": ["data.cache=host"]}
     common = [f"data.root={copy.root}", "data.on_error=skip", "epochs=1", "log.pictures=0"]
     configs = [make_config(*common, f"run_dir={tmp_path / name}", *words[name]) for name in LOADERS]
-    on_two_ranks(_train, configs)
+    on_two_ranks(train_each, configs)
     for config in configs:
         state = final_state(config.run_dir)
         assert state["step"] == 3
         assert records(config.run_dir, "train")[-1]["skipped"] == 1
         assert all(torch.isfinite(v).all() for v in state["strategy"]["model"].values())
-
-
-def _train(configs: list[Config]) -> None:
-    for config in configs:
-        train(config)
 
 
 def test_training_does_not_depend_on_threads_and_prefetch(make_config: Callable[..., Config], tmp_path: Path) -> None:

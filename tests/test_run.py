@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import MakeConfig, on_two_ranks
+from training import MakeConfig, on_two_ranks, train_each
 
 from mtunet_dist import checkpoint, distributed
 from mtunet_dist import run as runs
@@ -96,7 +96,7 @@ def test_saving_changes_nothing_in_the_run(make_config: MakeConfig, tmp_path: Pa
         make_config(f"run_dir={tmp_path / name}", f"checkpoint.every_steps={n}", "checkpoint.keep=9")
         for name, n in (("often", 1), ("seldom", 0))
     ]
-    on_two_ranks(_train_each, configs)
+    on_two_ranks(train_each, configs)
     often, seldom = (checkpoint.load(checkpoint.path_of(Path(c.run_dir) / "checkpoints", 6)) for c in configs)
     _assert_equal(often["strategy"]["model"], seldom["strategy"]["model"])
     for a, b in zip(often["ranks"], seldom["ranks"], strict=True):
@@ -108,11 +108,6 @@ def test_saving_changes_nothing_in_the_run(make_config: MakeConfig, tmp_path: Pa
 
 def _assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(a[key], b[key]) for key in a | b)
-
-
-def _train_each(configs: list[Config]) -> None:
-    for config in configs:
-        train(config)
 
 
 def test_what_rank_0_refuses_every_rank_refuses() -> None:

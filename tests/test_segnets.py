@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from conftest import write_folder_source
 from torch import Tensor, nn
-from training import final_state, on_two_ranks, records
+from training import final_state, on_two_ranks, records, train_each
 
 from mtunet_dist import plugins
-from mtunet_dist.config import Config, load_config
+from mtunet_dist.config import load_config
 from mtunet_dist.errors import InputError
 from mtunet_dist.models._segnet import Body, Maps, pool, unpool
 from mtunet_dist.models.cross_stitch import CrossStitch
@@ -25,7 +25,6 @@ from mtunet_dist.models.mtunet import MTUNet
 from mtunet_dist.models.segnet import SegNet
 from mtunet_dist.models.st_unet import STUNet
 from mtunet_dist.prepare import prepare
-from mtunet_dist.train import train
 
 OUTPUTS = {"segmentation": 5, "depth": 1}
 NYU, CITYSCAPES = {"segmentation": 13, "depth": 1, "normals": 3}, {"segmentation": 7, "depth": 1}
@@ -384,14 +383,9 @@ def test_each_trains_from_the_demo_config_on_two_ranks(tmp_path: Path) -> None:
         options = ["widths=[4,4,8,8]", "bottleneck=8"] if name == "st_unet" else ["widths=[4,4,8,8,8]"]
         words = [f"model.{word}" for word in (f"name={name}", *options)]
         configs.append(load_config(demo, [f"run_dir={tmp_path / name}", *common, *words]))
-    on_two_ranks(_train_each, configs)
+    on_two_ranks(train_each, configs)
     for config in configs:
         steps = records(config.run_dir, "train")
         assert [r["step"] for r in steps] == [1, 2, 3]
         assert all(math.isfinite(r["loss/total"]) and r["grad_norm"] > 0 for r in steps)
         assert final_state(config.run_dir)["step"] == 3
-
-
-def _train_each(configs: list[Config]) -> None:
-    for config in configs:
-        train(config)

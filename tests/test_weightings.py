@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
+from training import on_two_ranks
 
+from mtunet_dist import distributed
 from mtunet_dist.errors import InputError
 from mtunet_dist.weightings.equal import EqualWeighting
 from mtunet_dist.weightings.fixed import FixedWeighting
@@ -213,19 +213,18 @@ def test_resume_in_mid_epoch_is_exact(options: dict[str, Any]) -> None:
         assert torch.equal(tensor, second.state_dict()[name]), name
 
 
-def _train_rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def _train_share(folder: Path) -> None:
+    rank = distributed.rank()
     weightings = {update: LearnedWeighting(TASKS, window=3, update=update) for update in ("epoch", "step")}
     for number, epoch in enumerate(random_epochs(6, 8)):
         uneven = 2 + number % 3
         run_epoch(weightings["epoch"], epoch[:uneven] if rank == 0 else epoch[uneven:])
         run_epoch(weightings["step"], epoch[:4] if rank == 0 else epoch[4:])
-    torch.save({update: w.state_dict() for update, w in weightings.items()}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    torch.save({update: w.state_dict() for update, w in weightings.items()}, folder / f"{rank}.pt")
 
 
 def test_two_processes_agree_with_one_that_sees_all(tmp_path: Path) -> None:
-    mp.spawn(_train_rank, args=(str(tmp_path),), nprocs=2)
+    on_two_ranks(_train_share, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     alone = {update: LearnedWeighting(TASKS, window=3) for update in ("epoch", "step")}
     for epoch in random_epochs(6, 8):

@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch.multiprocessing as mp
 
 from mtunet_dist import checkpoint
 from mtunet_dist.config import Config
+from mtunet_dist.train import train
 
 MakeConfig = Callable[..., Config]
 LAUNCH = [sys.executable, str(Path(__file__).parent.parent / "launch" / "local.py"), "--nproc=2"]
@@ -88,6 +89,12 @@ def _rank(rank: int, store: Path, count: int, function: Callable[..., object], a
     )
     function(*args)
     torch.distributed.destroy_process_group()
+
+
+def train_each(configs: Sequence[Config]) -> None:
+    """Train the configs one after another; for ``on_ranks``."""
+    for config in configs:
+        train(config)
 
 
 def kill_all(run_dir: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import fcntl
 import math
 import os
 import shutil
@@ -23,6 +22,7 @@ from rich.console import Console
 
 from mtunet_dist.config import to_yaml
 from mtunet_dist.errors import InputError, command
+from mtunet_dist.folder_lock import lock_folder
 from sweep_config import Sweep, check_trials, find_config, load_sweep, metrics_of
 from sweep_ray import local_ray, make_tuner, outcome
 from sweep_report import report
@@ -36,13 +36,8 @@ def opened(sweep: Sweep, config: Path) -> Iterator[Path]:
 
     Raises InputError if another command works in it, or it holds another sweep.
     """
-    sweep.dir.mkdir(parents=True, exist_ok=True)
     base, file = sweep.dir / "base.yaml", sweep.dir / "sweep.yaml"
-    with (sweep.dir / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another sweep is running in {sweep.dir}") from None
+    with lock_folder(sweep.dir, f"another sweep is running in {sweep.dir}"):
         if file.is_file():
             check_same(sweep, load_sweep(file))
             if yaml.safe_load(base.read_text(encoding="utf-8")) != yaml.safe_load(config.read_text(encoding="utf-8")):

@@ -103,7 +103,7 @@ class CachedLoader:
         with ThreadPoolExecutor(max(threads, 1)) as pool:
             broken = [b for b in pool.map(decode, range(memory.member, len(split), memory.members)) if b is not None]
         # Also a barrier: from here on every rank reads what the others decoded.
-        found = dict(sorted(b for share in node_memory.everyone(broken) for b in share))
+        found = dict(sorted(b for share in distributed.everyone(broken) for b in share))
         for position, reason in found.items():
             self.broken.add(position, reason, warn=distributed.is_main())
         image, label, depth = stored

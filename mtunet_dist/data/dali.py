@@ -8,7 +8,6 @@ Samples left in their source come decoded, by threads of ours: each source conve
 from __future__ import annotations
 
 import functools
-import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,7 +16,6 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
-from PIL import Image
 
 from mtunet_dist.config import DaliConfig
 from mtunet_dist.data.augmentation import Augmentation
@@ -28,6 +26,7 @@ from mtunet_dist.data.splits import ShardSplit, Split
 from mtunet_dist.errors import InputError
 from mtunet_dist.multitask import Batch
 from mtunet_dist.schema import VOID
+from mtunet_dist.sources._images import encode
 
 OUTPUTS = ["image", "label", "depth", "depth_scale", "sample"]
 Parts = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -290,6 +289,4 @@ def _blank(height: int, width: int, encoded_rgb: bool, encoded_targets: bool) ->
 
 def _png(pixels: np.ndarray) -> np.ndarray:
     """The bytes of a PNG, uint8 (n,)."""
-    file = io.BytesIO()
-    Image.fromarray(pixels.squeeze()).save(file, "PNG")
-    return np.frombuffer(file.getvalue(), dtype=np.uint8)
+    return np.frombuffer(encode(pixels.squeeze(), "PNG"), dtype=np.uint8)

@@ -41,42 +41,19 @@ def make_loader(
 
     With a cache all ranks must call it together; see ``CachedLoader`` for what it then raises.
     """
+    common = (split, order, device, augmentation)
+    threads, on_error = config.threads, config.on_error
     if config.cache != "none":
         from mtunet_dist.data.cached_loader import CachedLoader
 
-        return CachedLoader(
-            split,
-            order,
-            device,
-            augmentation,
-            on_device=config.cache == "device",
-            threads=config.threads,
-            on_error=config.on_error,
-        )
+        return CachedLoader(*common, on_device=config.cache == "device", threads=threads, on_error=on_error)
     if config.loader == "torch":
         from mtunet_dist.data.torch_loader import TorchLoader
 
-        return TorchLoader(
-            split,
-            order,
-            device,
-            augmentation,
-            workers=config.threads,
-            prefetch=config.prefetch,
-            on_error=config.on_error,
-        )
+        return TorchLoader(*common, workers=threads, prefetch=config.prefetch, on_error=on_error)
     from mtunet_dist.data.dali import DaliLoader
 
-    return DaliLoader(
-        split,
-        order,
-        device,
-        augmentation,
-        threads=config.threads,
-        prefetch=config.prefetch,
-        on_error=config.on_error,
-        settings=config.dali,
-    )
+    return DaliLoader(*common, threads=threads, prefetch=config.prefetch, on_error=on_error, settings=config.dali)
 
 
 def make_augmentation(config: AugmentConfig, info: DatasetInfo, seed: int) -> Augmentation | None:

@@ -10,14 +10,11 @@ import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
 from mtunet_dist import distributed
 from mtunet_dist.errors import InputError
-
-T = TypeVar("T")
 
 MARGIN = 0.9  # the share of free memory that may be taken
 
@@ -37,7 +34,7 @@ def allocate(size: int, what: str) -> NodeMemory:
     Raises InputError, on all ranks alike, that begins with ``what`` if a node has not so much memory left.
     """
     rank = distributed.rank()
-    nodes = everyone(_node())
+    nodes = distributed.everyone(_node())
     members = [r for r, node in enumerate(nodes) if node == nodes[rank]]
     leader = members[0]
     problem, descriptor = None, -1
@@ -47,7 +44,7 @@ def allocate(size: int, what: str) -> NodeMemory:
             descriptor = os.memfd_create("mtunet_dist")
             os.ftruncate(descriptor, size)
     raise_any(problem)
-    owner, number = everyone((os.getpid(), descriptor))[leader]
+    owner, number = distributed.everyone((os.getpid(), descriptor))[leader]
     # The leader's open file, by way of its process; its pages live as long as anyone maps them.
     data = np.empty(0, dtype=np.uint8)
     try:
@@ -62,15 +59,9 @@ def allocate(size: int, what: str) -> NodeMemory:
     return NodeMemory(data, members.index(rank), len(members))
 
 
-def everyone(value: T) -> list[T]:
-    """The picklable ``value`` of every rank, on every rank."""
-    values: list[T] = distributed.from_main(distributed.gather_to_main(value))
-    return values
-
-
 def raise_any(problem: str | None) -> None:
     """Raise the first rank's ``problem`` as InputError on all ranks, so that none waits for one that gave up."""
-    for found in everyone(problem):
+    for found in distributed.everyone(problem):
         if found is not None:
             raise InputError(found)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from mtunet_dist.data.info import FORMAT, Settings, ShardInfo, SplitInfo
 from mtunet_dist.data.shards import (
@@ -32,7 +30,7 @@ from mtunet_dist.data.shards import (
 from mtunet_dist.data.splits import file_sizes, npy_header, pixels_sha256, resized
 from mtunet_dist.errors import InputError
 from mtunet_dist.schema import VOID
-from mtunet_dist.sources._images import decode
+from mtunet_dist.sources._images import decode, encode
 from mtunet_dist.sources._source import RawSample, Sample, Source
 
 SIDECAR = ".done"
@@ -157,7 +155,7 @@ def make_shard(task: ShardTask) -> ShardResult | list[str]:
         if task.settings.stored == "source":
             listed.append((files.key, pixels_sha256(sample)))
         else:
-            encoded.append(encode(files.key, sample, task.settings.rgb_format, task.settings.target_format))
+            encoded.append(encode_sample(files.key, sample, task.settings.rgb_format, task.settings.target_format))
     if errors:
         return errors
     if task.settings.stored == "source":
@@ -190,22 +188,16 @@ def write_listing(task: ShardTask, listed: list[tuple[str, str]]) -> Index:
     return index
 
 
-def encode(key: str, sample: RawSample, rgb_format: RgbFormat, target_format: TargetFormat) -> EncodedSample:
+def encode_sample(key: str, sample: RawSample, rgb_format: RgbFormat, target_format: TargetFormat) -> EncodedSample:
     """Label and depth losslessly; RGB as JPEG of quality 95 without chroma subsampling, or as PNG."""
     if rgb_format == "jpeg":
-        rgb = _encoded(sample.rgb, "JPEG", quality=95, subsampling="4:4:4")
+        rgb = encode(sample.rgb, "JPEG", quality=95, subsampling="4:4:4")
     else:
-        rgb = _encoded(sample.rgb, "PNG")
+        rgb = encode(sample.rgb, "PNG")
     if target_format == "npy":
         label, depth = (npy_header(x) + x.tobytes() for x in (sample.label, sample.depth))
     else:
-        label, depth = _encoded(sample.label, "PNG"), _encoded(sample.depth, "PNG")
+        label, depth = encode(sample.label, "PNG"), encode(sample.depth, "PNG")
         assert np.array_equal(decode(label, "label", key), sample.label), key
         assert np.array_equal(decode(depth, "depth", key), sample.depth), key
     return EncodedSample(key, rgb_format, target_format, rgb, label, depth)
-
-
-def _encoded(pixels: np.ndarray, file_format: str, **options: int | str) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, file_format, **options)
-    return file.getvalue()

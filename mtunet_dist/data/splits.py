@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import zlib
+from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from mtunet_dist.sources._images import PARTS, decode, resize
 from mtunet_dist.sources._source import RawSample, Sample, Source
 
 
-class Split:
+class Split(ABC):
     """The samples of one split, or of several after one another, by position. Cheap to pickle.
 
     What is common to all ways of storing; ``make_split`` gives the right one.
@@ -45,13 +46,13 @@ class Split:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @abstractmethod
     def decode(self, i: int) -> RawSample:
         """Sample ``i`` at the dataset's size. Raises InputError that names it and its file if that is damaged."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self, i: int) -> str:
         """Sample ``i``, for messages: its key and where it is."""
-        raise NotImplementedError
 
     def spread(self, most: int) -> list[int]:
         """Positions of at most ``most`` samples, evenly spaced over the split: enough for statistics in seconds."""

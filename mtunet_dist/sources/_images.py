@@ -54,6 +54,13 @@ def decode(data: bytes, part: Part, name: str) -> np.ndarray:
     return pixels
 
 
+def encode(pixels: np.ndarray, file_format: Literal["PNG", "JPEG"], **options: int | str) -> bytes:
+    """The bytes of an image file with these pixels; ``options`` as PIL's ``Image.save`` takes them."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, file_format, **options)
+    return file.getvalue()
+
+
 def read_images(sample: SampleFiles, table: np.ndarray) -> RawSample:
     """Read the files of ``sample``: labels through ``table`` (see ``id_table``), depth as it is stored.
 

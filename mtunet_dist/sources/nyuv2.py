@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mtunet_dist.schema import ClassInfo, DepthInfo
 from mtunet_dist.sources._images import check_headers, id_table, read_images
-from mtunet_dist.sources._source import RawSample, SampleFiles, list_images, match
+from mtunet_dist.sources._source import RawSample, S, SampleFiles, list_images, match
 
 # A validation part carved out of train, 100 images drawn once: the official split has none, and choosing settings on
 # test would spoil its figures. 1-based indices of the labelled set, as in the file names.
@@ -40,6 +40,14 @@ CLASSES = (  # the 13 classes of A. Handa's 40 -> 13 mapping, in the colours of 
 )
 
 
+def with_validation(train: list[S], test: list[S], val: bool) -> dict[str, list[S]]:
+    """The official splits; with ``val`` the images of ``VALIDATION`` are a split of their own, out of train."""
+    if not val:
+        return {"train": train, "test": test}
+    held_out = [s for s in train if s.key in VALIDATION]
+    return {"train": [s for s in train if s.key not in VALIDATION], "val": held_out, "test": test}
+
+
 class NYUv2:
     """``ROOT/{train,test}/{rgb/NNNN.jpg,depth/NNNN.png,label13/NNNN.png}``, NNNN the official 1-based index.
 
@@ -61,11 +69,7 @@ class NYUv2:
 
     def splits(self) -> dict[str, list[SampleFiles]]:
         """See ``Source.splits``."""
-        train, test = self._samples("train"), self._samples("test")
-        if not self.val:
-            return {"train": train, "test": test}
-        val = [s for s in train if s.key in VALIDATION]
-        return {"train": [s for s in train if s.key not in VALIDATION], "val": val, "test": test}
+        return with_validation(self._samples("train"), self._samples("test"), self.val)
 
     def read(self, sample: SampleFiles) -> RawSample:
         """See ``Source.read``."""

@@ -19,7 +19,7 @@ from mtunet_dist.sources._arrays import stored_depth
 from mtunet_dist.sources._images import id_table, to_classes
 from mtunet_dist.sources._nyuv2 import CLASSES_40, COUNT, FROM_40_TO_13, RAW_TO_40, TRAIN
 from mtunet_dist.sources._source import RawSample
-from mtunet_dist.sources.nyuv2 import CLASSES, VALIDATION
+from mtunet_dist.sources.nyuv2 import CLASSES, with_validation
 
 FILE = "nyu_depth_v2_labeled.mat"
 WIDTH, HEIGHT = 640, 480
@@ -82,10 +82,7 @@ class NYUv2Mat:
         samples = [ImageNumber(index) for index in range(1, COUNT + 1)]
         train = [s for s in samples if s.index in TRAIN]
         test = [s for s in samples if s.index not in TRAIN]
-        if not self.val:
-            return {"train": train, "test": test}
-        val = [s for s in train if s.key in VALIDATION]
-        return {"train": [s for s in train if s.key not in VALIDATION], "val": val, "test": test}
+        return with_validation(train, test, self.val)
 
     def check(self, sample: ImageNumber) -> None:
         """See ``Source.check``. The file tells shapes and types once for all, and ``splits`` has checked them."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mtunet_dist.config import Config
+from mtunet_dist.config import Config, leaves
 from mtunet_dist.errors import InputError
 
 Settings = dict[str, Any]
@@ -32,7 +31,7 @@ def settings(config: Config, world_size: int, *, stage: int, offload_optimizer: 
     for key, (value, _) in ours.items():
         _put(result, key, value)
     if config_file:
-        for key, value in _leaves(_read(Path(config_file))):
+        for key, value in leaves(_read(Path(config_file))):
             if value != "auto":  # as in files made for other trainers: "take it from your own config"
                 _check(config_file, key, value, ours)
                 _put(result, key, value)
@@ -98,14 +97,6 @@ def _read(path: Path) -> Settings:
     if not isinstance(content, dict):
         raise InputError(f"strategy.config_file={path} must hold one object")
     return content
-
-
-def _leaves(section: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _put(section: Settings, key: str, value: Any) -> None:
