@@ -29,10 +29,10 @@ from mtunet_dist.config import Config, load_config
 from mtunet_dist.data.loader import make_loader
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
+from mtunet_dist.environment import environment
 from mtunet_dist.errors import command
 from mtunet_dist.multitask import Batch, build_step
 from mtunet_dist.strategies._strategy import Strategy
-from mtunet_dist.tracking import environment
 
 Work = Callable[[], object]
 """Processes one batch."""

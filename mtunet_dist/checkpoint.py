@@ -1,7 +1,8 @@
 """Checkpoints: one file each, complete or absent, the newest few and the best kept.
 
 A file holds plain tensors, numbers, strings, lists and dicts, so ``torch.load(weights_only=True)`` reads it, and
-everything needed to use it without its run folder: the config and what the dataset's classes and depth mean.
+everything needed to use it without its run folder: the config and what the dataset's classes and depth mean. It is a
+zip archive whose entries carry CRC-32s, which are checked before anything is loaded: ``torch.load`` does not.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ import re
 import shutil
 import warnings
 import zipfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mtunet_dist.errors import InputError
+from mtunet_dist.errors import InputError, MTUNetError
 
-FORMAT = 1
+FORMAT = 2
 State = dict[str, Any]
 _NAME = re.compile(r"step_(\d+)\.pt")
 
@@ -33,18 +36,25 @@ def save(folder: Path, state: State, *, keep: int, best: bool) -> Path:
     """Write ``state`` (with its ``step``), link it as ``best.pt`` if it is the ``best``, keep the newest ``keep``.
 
     Whatever happens while writing, every file under its final name is whole. Files of later steps go too: a run
-    only gets to be behind them when they could not be read.
+    only gets to be behind them when they could not be read. Raises MTUNetError if the disk is full or read-only.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = path_of(folder, state["step"])
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if best:
-        _publish(temporary, folder / "best.pt")  # first: under its own name the file says that it is the best
-    temporary.replace(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if best:
+            _publish(temporary, folder / "best.pt")  # first: under its own name the file says that it is the best
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's writer hides the OSError behind a RuntimeError
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)  # its space may be what the next one lacks
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else error
+        raise MTUNetError(f"cannot save checkpoint {path}: {reason}") from error
     for half_written in folder.glob("*.tmp"):  # by a process that was killed
         half_written.unlink()
     newest_first = by_age(folder)
@@ -71,10 +81,21 @@ def by_age(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def load(path: Path) -> State:
-    """Read a checkpoint onto the CPU. Raises InputError that names a missing, damaged or foreign file."""
+def check(path: Path) -> None:
+    """Raise InputError, which names it, if a checkpoint is missing or not, byte for byte, what was written."""
     if not path.is_file():
         raise InputError(f"checkpoint {path} does not exist")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, EOFError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise InputError(f"checkpoint {path} is damaged: {error}") from None
+    if damaged is not None:
+        raise InputError(f"checkpoint {path} is damaged: wrong checksum of {damaged}")
+
+
+def load(path: Path) -> State:
+    """Read a checkpoint that ``check`` passes onto the CPU. Raises InputError that names a damaged or foreign file."""
     try:
         state: State = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
@@ -85,14 +106,14 @@ def load(path: Path) -> State:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint in ``folder`` that can be read, None if it holds none; warns of damaged ones.
+    """The newest checkpoint in ``folder`` that passes ``check``, None if it holds none; warns of damaged ones.
 
-    Raises InputError if none of them can.
+    Raises InputError if none of them does.
     """
     newest_first = by_age(folder)
     for path in newest_first:
         try:
-            load(path)
+            check(path)
             return path
         except InputError as error:
             warnings.warn(f"{error}; going back to an older one", stacklevel=2)
@@ -113,3 +134,41 @@ def resolve(path: Path) -> Path:
     if not candidates:
         raise InputError(f"{path} is neither a checkpoint nor a run folder with checkpoints")
     return candidates[0]
+
+
+class Writer:
+    """Saves checkpoints in ``folder`` from a thread: the caller waits for a copy of the state, not for the disk."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
+
+    def submit(self, state: State, *, best: bool) -> None:
+        """Copy ``state`` and begin to ``save`` it. What was submitted before must have been waited for."""
+        assert self._writing is None
+        self._writing = self._thread.submit(save, self.folder, _copy(state), keep=self.keep, best=best)
+
+    @property
+    def failed(self) -> bool:
+        """Whether ``wait`` would raise, as far as is known by now."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def wait(self) -> None:
+        """Return when what was submitted is on disk. Raises, once, what ``save`` raised."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        self._thread.shutdown()
+
+
+def _copy(value: Any) -> Any:
+    """``value`` with its tensors in memory of their own on the CPU, so that training may change them."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copy(inner) for key, inner in value.items()}
+    return [_copy(inner) for inner in value] if isinstance(value, list) else value

@@ -128,9 +128,13 @@ class Config:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
     compile: bool = False  # the network, by torch.compile; the first steps then take minutes
+    # reduce-overhead: CUDA graphs, for small batches that leave a GPU waiting; max-autotune: tries kernels out, slowly
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    sync_batchnorm: bool = False  # batch-norm statistics over all ranks' samples instead of each rank's own
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
-    timeout_s: float = 600.0  # a collective that takes longer is an error
+    timeout_s: float = 600.0  # without a step, or a batch of evaluation, for longer, the training ends; see watchdog.py
+    on_write_error: Literal["stop", "continue"] = "stop"  # disk full or read-only; the end must be saved
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 

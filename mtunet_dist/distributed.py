@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from mtunet_dist.errors import InputError, MTUNetError
 
@@ -63,12 +65,18 @@ def process_group(device: torch.device, timeout_s: float) -> Iterator[None]:
     if is_on() or not all(name in os.environ for name in RENDEZVOUS):
         yield
         return
-    timeout = timedelta(seconds=timeout_s)
+    # Later than the watchdog, which says more; before the loop, where there is none, this limit is the only one.
+    timeout = timedelta(seconds=timeout_s + 60)
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    # A store that torchrun's agent keeps over a restart still holds the addresses of the processes before; gloo would
+    # try to reach them.
+    store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    group: dict[str, Any] = {"store": store, "rank": rank, "world_size": world_size, "timeout": timeout}
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+        dist.init_process_group("nccl", device_id=device, **group)
     else:
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("gloo", **group)
     yield
     dist.destroy_process_group()  # not after an error: it would wait for ranks that may be gone, and hide the error
 

@@ -9,7 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-PREEMPTED = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again later"
+# Exit codes beside 2, an error of the user's. Both mean: the same command goes on.
+PREEMPTED = 75  # stopped on request, with a checkpoint; EX_TEMPFAIL of sysexits.h, "try again later"
+HUNG = 76  # nothing moved for config.timeout_s
 PATIENCE_S = 5.0  # that other ranks give the first to print an error
 
 

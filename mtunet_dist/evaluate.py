@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -60,10 +60,12 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(predictor: Predictor, loader: Loader, device: torch.device) -> Evaluation:
+def evaluate(
+    predictor: Predictor, loader: Loader, device: torch.device, on_batch: Callable[[], None] = lambda: None
+) -> Evaluation:
     """Run ``predictor``, in evaluation mode, over this rank's share of a split and reduce over ranks.
 
-    Its metrics are those of ``metric_names``.
+    Its metrics are those of ``metric_names``. ``on_batch`` is called after each batch.
     """
     metrics = {task.name: task.metric(device) for task in predictor.tasks}
     losses = {task.name: torch.zeros(2, dtype=torch.float64, device=device) for task in predictor.tasks}
@@ -75,6 +77,7 @@ def evaluate(predictor: Predictor, loader: Loader, device: torch.device) -> Eval
             prediction, target = outputs[task.name], batch[task.name]
             metrics[task.name].update(prediction, target)
             losses[task.name] += torch.stack(task.loss(prediction, target)).double()
+        on_batch()
     state = [samples, *losses.values(), *(t for m in metrics.values() for t in m.tensors())]
     for tensor in state:
         distributed.all_reduce_sum(tensor)
@@ -120,6 +123,7 @@ def load_step(state: checkpoint.State, config: Config, device: torch.device) -> 
 def load_run(path: Path, overrides: Sequence[str]) -> tuple[checkpoint.State, Config, Path]:
     """The checkpoint that ``path`` (a run folder or a checkpoint) means, its config with ``overrides``, its file."""
     file = checkpoint.resolve(path)
+    checkpoint.check(file)
     state = checkpoint.load(file)
     return state, config_from_text(state["config"], overrides), file
 

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-import platform
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from mtunet_dist import __version__, distributed
+from mtunet_dist import distributed
+from mtunet_dist.errors import MTUNetError
 
 PLAIN_LINE_SECONDS = 10.0
 
@@ -41,13 +39,23 @@ class StepReport:
 class Tracker:
     """Reports of one process that trains ``total_steps`` steps, ``start_step`` of them done before. Silent off rank 0.
 
-    A resumed run drops what metrics.jsonl and TensorBoard hold beyond ``start_step``: those steps come again.
+    A resumed run drops what metrics.jsonl and TensorBoard hold beyond ``start_step``: those steps come again. When the
+    disk is full or read-only, every call raises MTUNetError, or, with ``on_write_error="continue"``, says so and leaves
+    out what cannot be written.
     """
 
     def __init__(
-        self, run_dir: Path, *, start_step: int, total_steps: int, steps_per_epoch: int, batch_size: int
+        self,
+        run_dir: Path,
+        *,
+        start_step: int,
+        total_steps: int,
+        steps_per_epoch: int,
+        batch_size: int,
+        on_write_error: str = "stop",
     ) -> None:
         self.main = distributed.is_main()
+        self.on_write_error = on_write_error
         self.start_step, self.total_steps = start_step, total_steps
         self.steps_per_epoch, self.batch_size = steps_per_epoch, batch_size
         self.begin = self.last_time = time.perf_counter()
@@ -59,8 +67,10 @@ class Tracker:
         self.console = Console()
         self.run_dir = run_dir
         self.metrics_file = run_dir / "metrics.jsonl"
-        _drop_records_after(self.metrics_file, start_step)
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        self.board: SummaryWriter | None = None
+        with self._writing(self.metrics_file):
+            _drop_records_after(self.metrics_file, start_step)
+        self._with_board(SummaryWriter.flush, purge_step=start_step + 1 if start_step else None)
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -110,9 +120,13 @@ class Tracker:
         self.say(f"{self._epoch(done - 1)}  evaluation: {'  '.join(shown)}")
 
     def picture(self, done: int, sheet: np.ndarray) -> None:
-        """Show a uint8 (height, width, 3) picture in TensorBoard."""
-        if self.main:
-            self.board.add_image("predictions", sheet, done, dataformats="HWC")
+        """Show a uint8 (height, width, 3) picture in TensorBoard and as pictures/latest.png."""
+        if not self.main:
+            return
+        self._with_board(lambda board: board.add_image("predictions", sheet, done, dataformats="HWC"))
+        path = self.run_dir / "pictures" / "latest.png"
+        with self._writing(path):
+            Image.fromarray(sheet).save(path)
 
     def say(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -129,58 +143,58 @@ class Tracker:
     def flush(self) -> None:
         """Bring everything to disk: a resumed run writes only what lies beyond its checkpoint."""
         if self.main:
-            self.board.flush()
+            self._with_board(SummaryWriter.flush)
 
     def close(self) -> None:
         """Write out everything and end the progress bar."""
-        if self.main:
-            self.bar.stop()
-            self.board.close()
+        if not self.main:
+            return
+        self.bar.stop()
+        if self.board is not None:
+            with self._writing(self.run_dir / "tensorboard"):
+                self.board.close()
 
     def _scalars(self, kind: str, done: int, values: Mapping[str, float]) -> None:
         record = {"kind": kind, "step": done, "epoch": done / self.steps_per_epoch, "time": time.time()}
         # JSON knows neither NaN nor infinity: an undefined figure is null.
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**record, **finite}) + "\n")
-        for key, value in values.items():
-            self.board.add_scalar(f"{kind}/{key}", value, done)
+        with self._writing(self.metrics_file), self.metrics_file.open("ab", buffering=0) as file:
+            before = file.tell()
+            line = (json.dumps({**record, **finite}) + "\n").encode()
+            if file.write(line) != len(line):
+                file.truncate(before)  # no half line for the next one to be glued to
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def add(board: SummaryWriter) -> None:
+            for key, value in values.items():
+                board.add_scalar(f"{kind}/{key}", value, done)
+
+        self._with_board(add)
+
+    def _with_board(self, use: Callable[[SummaryWriter], object], purge_step: int | None = None) -> None:
+        """``use`` TensorBoard's writer. One that failed once fails for ever, so the next call opens another."""
+        folder = self.run_dir / "tensorboard"
+        with self._writing(folder):
+            try:
+                self.board = self.board or SummaryWriter(str(folder), purge_step=purge_step)
+                use(self.board)
+            except OSError:
+                self.board = None
+                raise
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        """Around what writes to ``path``; see the class for what happens when it cannot."""
+        try:
+            yield
+        except OSError as error:
+            message = f"cannot write {path}: {error.strerror or error}"
+            if self.on_write_error == "stop":
+                raise MTUNetError(message) from error
+            self.say(f"warning: {message}; training goes on, as on_write_error=continue")
 
     def _epoch(self, step: int) -> str:
         return f"epoch {step // self.steps_per_epoch + 1}/{self.total_steps // self.steps_per_epoch}"
-
-
-def environment() -> dict[str, Any]:
-    """What this process runs on and with: versions, devices, code state, command."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "mtunet_dist": __version__,
-        "git": _git_state(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "host": platform.node(),
-        "cpus": os.cpu_count(),
-        "gpus": gpus,
-        "world_size": distributed.world_size(),
-        "command": sys.argv,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def _git_state() -> str | None:
-    """Commit of the code, with ``-dirty`` when it was changed since; None outside a repository."""
-    try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None
 
 
 def _drop_records_after(path: Path, step: int) -> None:

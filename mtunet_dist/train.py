@@ -7,17 +7,16 @@ been.
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from mtunet_dist import distributed, optim, pictures
-from mtunet_dist import run as runs
+from mtunet_dist import distributed, optim, pictures, resume
 from mtunet_dist.config import Config, load_config
 from mtunet_dist.errors import NonFiniteLossError, PreemptedError, command
 from mtunet_dist.evaluate import evaluate
@@ -26,6 +25,7 @@ from mtunet_dist.multitask import Batch, share_valid_counts
 from mtunet_dist.preemption import StopRequest
 from mtunet_dist.run import Run
 from mtunet_dist.tracking import StepReport, Tracker
+from mtunet_dist.watchdog import Watchdog
 
 OnEval = Callable[[int, dict[str, float]], None]
 
@@ -35,11 +35,12 @@ def train(config: Config, on_eval: OnEval | None = None) -> dict[str, float]:
 
     ``on_eval(step, metrics)`` is called on every rank after each evaluation. Joins torchrun's process group, or
     one that exists, or runs alone. Raises InputError for anything wrong with config, data or checkpoint,
-    NonFiniteLossError when a loss stops being a number, and PreemptedError, with a checkpoint written, within
-    ``log.every_steps`` steps after SIGTERM, SIGUSR1 or SIGUSR2 came to any rank.
+    NonFiniteLossError when a loss stops being a number, MTUNetError when the run folder cannot be written to, and
+    PreemptedError, with a checkpoint written, within ``log.every_steps`` steps after SIGTERM, SIGUSR1 or SIGUSR2 came
+    to any rank. A process that does not move for ``timeout_s`` ends at once, see ``Watchdog``.
     """
     device = distributed.pick_device(config.device)
-    with distributed.process_group(device, config.timeout_s), closing(runs.start(config, device)) as run:
+    with distributed.process_group(device, config.timeout_s), closing(resume.start(config, device)) as run:
         if distributed.is_main():
             print(_summary(run), flush=True)
         if not run.finished:
@@ -49,13 +50,15 @@ def train(config: Config, on_eval: OnEval | None = None) -> dict[str, float]:
                 total_steps=run.total_steps,
                 steps_per_epoch=run.order.steps_per_epoch,
                 batch_size=config.batch_size,
+                on_write_error=config.on_write_error,
             )
-            with closing(tracker), StopRequest() as stop:
-                _loop(run, tracker, stop, on_eval)
+            watchdog = Watchdog(run.dir / "hang", config.timeout_s)
+            with closing(tracker), StopRequest() as stop, _no_garbage_collection(), watchdog:
+                _loop(run, tracker, stop, watchdog, on_eval)
         return run.metrics
 
 
-def _loop(run: Run, tracker: Tracker, stop: StopRequest, on_eval: OnEval | None) -> None:
+def _loop(run: Run, tracker: Tracker, stop: StopRequest, watchdog: Watchdog, on_eval: OnEval | None) -> None:
     config, order, step = run.config, run.order, run.module
     batches = run.loader.batches(start=run.step * order.accumulate)
     window: list[Tensor] = []  # losses and gradient norms of the steps since the last report, on the device
@@ -65,6 +68,7 @@ def _loop(run: Run, tracker: Tracker, stop: StopRequest, on_eval: OnEval | None)
         lr = optim.lr_at(run.step, config.optim, order.steps_per_epoch, run.total_steps)
         window.append(_optimiser_step(run, batches, lr))
         run.step += 1
+        watchdog.beat()
 
         epoch, step_in_epoch = divmod(run.step, order.steps_per_epoch)
         epoch_done, last = step_in_epoch == 0, run.finished
@@ -77,15 +81,16 @@ def _loop(run: Run, tracker: Tracker, stop: StopRequest, on_eval: OnEval | None)
             report, stopping = _report(run, window, lr, stop)
             tracker.steps(run.step, report)
             window.clear()
+            gc.collect()
 
         with tracker.paused():
             if last or (epoch_done and config.eval_every_epochs and epoch % config.eval_every_epochs == 0):
-                best = _evaluate(run, tracker)
+                best = _evaluate(run, tracker, watchdog)
                 if on_eval is not None:
                     on_eval(run.step, run.metrics)
             if save or best or last or stopping:
                 tracker.flush()
-                runs.save(run, best=best)
+                resume.save(run, best=best, wait=last or stopping)
         if stopping and not last:
             reason = f"{stop.received.name} received" if stop.received else "another process was asked to stop"
             raise PreemptedError(f"{reason}: stopped after step {run.step}, which is saved; the same command goes on")
@@ -108,11 +113,15 @@ def _optimiser_step(run: Run, batches: Iterator[Batch], lr: float) -> Tensor:
 def _report(run: Run, window: list[Tensor], lr: float, stop: StopRequest) -> tuple[StepReport, bool]:
     """Bring the figures of the last steps to the host, once, averaged over ranks; and whether any is asked to stop.
 
-    Raises NonFiniteLossError, on all ranks alike, that names task, step and epoch.
+    Raises NonFiniteLossError, on all ranks alike, that names task, step and epoch; MTUNetError likewise if the newest
+    checkpoint could not be written.
     """
-    asked = torch.full_like(window[0][:1], stop.received is not None)
-    total = distributed.all_reduce_sum(torch.cat([asked, *window]).double()).cpu()
-    steps = total[1:].view(len(window), -1) / distributed.world_size()
+    flags = window[0].new_tensor([stop.received is not None, run.writer.failed])
+    total = distributed.all_reduce_sum(torch.cat([flags, *window]).double()).cpu()
+    asked, unwritten = total[:2].tolist()
+    steps = total[2:].view(len(window), -1) / distributed.world_size()
+    if unwritten:
+        resume.check_written(run)
     tasks = [task.name for task in run.module.tasks]
     names = [*(f"loss '{name}'" for name in [*tasks, "total"]), "gradient norm"]
     if run.config.precision == "fp16":
@@ -131,21 +140,19 @@ def _report(run: Run, window: list[Tensor], lr: float, stop: StopRequest) -> tup
     if run.config.data.on_error == "skip":
         skipped = int(distributed.all_reduce_sum(torch.tensor(run.loader.skipped, device=run.device)))
     report = StepReport(losses, weights, lr, grad_norm=steps[-1, -1].item(), skipped=skipped)
-    return report, total[0].item() > 0
+    return report, asked > 0
 
 
-def _evaluate(run: Run, tracker: Tracker) -> bool:
+def _evaluate(run: Run, tracker: Tracker, watchdog: Watchdog) -> bool:
     """Evaluate, report, draw; returns whether the model is the best so far."""
     distributed.average_statistics(run.module)
     with run.strategy.whole() as module:
         module.eval()
-        result = evaluate(module, run.eval_loader, run.device)
+        result = evaluate(module, run.eval_loader, run.device, on_batch=watchdog.beat)
         run.metrics = result.metrics
         tracker.evaluation(run.step, result.metrics, result.class_iou)
         if run.picture_batch is not None:
-            sheet = pictures.sheet(module, run.picture_batch)
-            tracker.picture(run.step, sheet)
-            Image.fromarray(sheet).save(run.dir / "pictures" / "latest.png")
+            tracker.picture(run.step, pictures.sheet(module, run.picture_batch))
         module.train()
     name = run.config.checkpoint.best
     value = result.metrics[name]
@@ -154,6 +161,24 @@ def _evaluate(run: Run, tracker: Tracker) -> bool:
         return False
     run.best = value
     return True
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Inside, Python looks for cyclic garbage only when it is told to, after reports, and then among new objects only.
+
+    Left alone it would stop a step for a tenth of a second now and then, on one rank after the other.
+    """
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_on:
+            gc.enable()
 
 
 def _summary(run: Run) -> str:

@@ -11,7 +11,7 @@ PACKAGE = REPOSITORY / "mtunet_dist"
 # Each layer may import the ones above it and its own. First match wins; a file that matches none fails the test.
 LAYERS = [
     ["errors", "schema"],
-    ["plugins", "distributed", "folder_lock"],
+    ["plugins", "distributed", "environment", "folder_lock", "sync_batchnorm"],
     ["config"],
     ["losses", "metrics", "models", "synthetic"],
     ["weightings", "sources"],
@@ -20,7 +20,7 @@ LAYERS = [
     ["strategies", "optim", "checkpoint", "tracking", "pictures", "baselines"],
     ["evaluate"],
     ["run"],
-    ["preemption"],
+    ["preemption", "resume", "watchdog"],
     ["train", "predict", "prepare", "summary", "synthesize"],
     ["cli"],
 ]

@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from training import MakeConfig, assert_same_state, copy_as_of, final_state, on_two_ranks, records
 
-from mtunet_dist import plugins
-from mtunet_dist import run as runs
+from mtunet_dist import plugins, resume
 from mtunet_dist.config import Config, OptimConfig, load_config
 from mtunet_dist.errors import InputError
 from mtunet_dist.models.mtunet import MTUNet
@@ -299,13 +298,13 @@ def test_trainings_report_weights_that_change_and_agree_on_both_ranks(
 
 def _train_and_note(config: Config, folder: Path) -> None:
     """Train, and write down the weights that this rank has at the end."""
-    save = runs.save
+    save = resume.save
 
-    def noting(run: runs.Run, *, best: bool) -> None:
+    def noting(run: resume.Run, *, best: bool, wait: bool) -> None:
         torch.save(weights(run.module.weighting), folder / f"{dist.get_rank()}.pt")
-        save(run, best=best)
+        save(run, best=best, wait=wait)
 
-    runs.save = noting
+    resume.save = noting
     train(config)
 
 

@@ -23,8 +23,7 @@ from training import (
     records,
 )
 
-from mtunet_dist import checkpoint
-from mtunet_dist import run as runs
+from mtunet_dist import checkpoint, resume
 from mtunet_dist.config import load_config
 from mtunet_dist.errors import InputError
 from mtunet_dist.evaluate import Evaluation
@@ -110,7 +109,7 @@ def test_best_is_remembered_over_a_resume(make_config: MakeConfig, monkeypatch: 
     best = Path(make_config().run_dir) / "checkpoints" / "best.pt"
     for epochs, miou, best_step in ((1, 0.5, 3), (2, 0.4, 3), (3, 0.6, 9)):
         evaluation = Evaluation(5, {"miou": miou}, {})
-        monkeypatch.setattr("mtunet_dist.train.evaluate", lambda *_, result=evaluation: result)
+        monkeypatch.setattr("mtunet_dist.train.evaluate", lambda *_, result=evaluation, **__: result)
         train(make_config(f"epochs={epochs}"))
         assert checkpoint.load(best)["step"] == best_step
 
@@ -143,7 +142,7 @@ def test_resume_with_fewer_processes_carries_on_the_epochs_loss_statistics(
     assert [rank["weighting.local_count"].tolist() for rank in ranks] == [[2, 2], [2, 2]]
     assert not torch.equal(ranks[0]["weighting.local_sum"], ranks[1]["weighting.local_sum"])
 
-    run = runs.start(one, torch.device("cpu"))
+    run = resume.start(one, torch.device("cpu"))
     assert run.step == 2
     restored = dict(run.module.named_buffers())
     for name in ("weighting.local_count", "weighting.local_sum", "weighting.local_squares"):

@@ -10,8 +10,7 @@ import pytest
 import torch
 from training import MakeConfig, on_two_ranks, train_each
 
-from mtunet_dist import checkpoint, distributed
-from mtunet_dist import run as runs
+from mtunet_dist import checkpoint, distributed, resume
 from mtunet_dist.config import Config
 from mtunet_dist.errors import InputError, NonFiniteLossError
 from mtunet_dist.run import Run
@@ -23,7 +22,7 @@ CPU = torch.device("cpu")
 
 def test_a_run_folder_has_one_training_at_a_time(make_config: MakeConfig) -> None:
     config = make_config("epochs=1")
-    with closing(runs.start(config, CPU)), pytest.raises(InputError, match="another training is writing to"):
+    with closing(resume.start(config, CPU)), pytest.raises(InputError, match="another training is writing to"):
         train(config)
     train(config)
 
@@ -49,7 +48,7 @@ def test_saving_never_removes_what_it_wrote_and_removes_what_could_not_be_read(t
 def test_moments_follow_the_strides_of_their_parameters(make_config: MakeConfig) -> None:
     """A run may go on with another channels_last; the fused optimiser would mix up elements silently."""
     train(make_config("epochs=1", "channels_last=true"))
-    with closing(runs.start(make_config("channels_last=false"), CPU)) as run:
+    with closing(resume.start(make_config("channels_last=false"), CPU)) as run:
         assert isinstance(run.strategy, DDPStrategy)
         path = checkpoint.latest(run.dir / "checkpoints")
         assert path is not None
@@ -69,19 +68,19 @@ def test_moments_follow_the_strides_of_their_parameters(make_config: MakeConfig)
 def test_the_best_value_counts_for_its_own_metric_and_split(make_config: MakeConfig) -> None:
     train(make_config("epochs=1"))
     for change, known in (("epochs=2", True), ("data.eval=train", False), ("checkpoint.best=depth_abs", False)):
-        with closing(runs.start(make_config(change), CPU)) as run:
+        with closing(resume.start(make_config(change), CPU)) as run:
             assert (run.best is not None) == known, change
 
 
 def test_a_gradient_that_is_not_finite_is_never_saved(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = runs.start
+    start = resume.start
 
     def start_with_fault(config: Config, device: torch.device) -> Run:
         run = start(config, device)
         next(run.module.parameters()).register_hook(lambda grad: grad * float("nan") if run.step == 4 else grad)
         return run
 
-    monkeypatch.setattr(runs, "start", start_with_fault)
+    monkeypatch.setattr(resume, "start", start_with_fault)
     config = make_config("log.every_steps=100")
     with pytest.raises(NonFiniteLossError, match=r"the gradient norm became nan at step 5 \(epoch 2\)"):
         train(config)

@@ -19,8 +19,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from training import LAUNCH, MakeConfig, final_state, kill_all, on_two_ranks, records
 
-from mtunet_dist import checkpoint
-from mtunet_dist import run as runs
+from mtunet_dist import checkpoint, resume
 from mtunet_dist.config import Config, load_config
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
@@ -140,7 +139,7 @@ def _save_updated_weights(config: Config, folder: Path) -> None:
 
 def _updated_weights(config: Config) -> dict[str, torch.Tensor]:
     """Parameters after one optimiser step with frozen batch norm, whose statistics would differ between ranks."""
-    run = runs.start(config, torch.device("cpu"))
+    run = resume.start(config, torch.device("cpu"))
     run.module.train()
     for module in run.module.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -159,7 +158,7 @@ def test_ranks_have_the_same_weights_and_different_dropout(make_config: MakeConf
 
 def _save_outputs(config: Config, folder: Path) -> None:
     """Depth of the same picture on every rank, with dropout and without."""
-    step = runs.start(config, torch.device("cpu")).module
+    step = resume.start(config, torch.device("cpu")).module
     image = torch.full((2, 3, 32, 48), 128, dtype=torch.uint8)
     outputs = {mode: step.train(mode == "train").predict(image)["depth"].detach() for mode in ("eval", "train")}
     torch.save(outputs, folder / f"rank{torch.distributed.get_rank()}.pt")

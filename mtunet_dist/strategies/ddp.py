@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,6 +21,8 @@ class DDPStrategy:
     Options:
         bucket_cap_mb: size of the buckets in which gradients are reduced while the backward pass goes on.
         gradient_as_bucket_view: let gradients live in those buckets, which saves one copy of them.
+        static_graph: tell DDP that every step uses the same parameters, which spares it some bookkeeping.
+        compress: send gradients as float32 (``none``) or as ``bf16``, half the bytes with 8 bits of precision.
     """
 
     def __init__(
@@ -30,6 +33,8 @@ class DDPStrategy:
         *,
         bucket_cap_mb: int = 25,
         gradient_as_bucket_view: bool = True,
+        static_graph: bool = False,
+        compress: Literal["none", "bf16"] = "none",
     ) -> None:
         # Strides must be final before DDP copies them into its buckets; later the first gradient would be wrong.
         self.module = place(step, device, config.channels_last)
@@ -46,7 +51,10 @@ class DDPStrategy:
                 forward_sync_buffers=False,
                 bucket_cap_mb=bucket_cap_mb,
                 gradient_as_bucket_view=gradient_as_bucket_view,
+                static_graph=static_graph,
             )
+            if compress == "bf16":
+                self.wrapped.register_comm_hook(None, _mean_in_bf16)
             self._settle_buckets(device)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -110,6 +118,20 @@ class DDPStrategy:
 
     def close(self) -> None:
         pass
+
+
+def _mean_in_bf16(state: None, bucket: Any) -> torch.futures.Future[Tensor]:
+    """The mean over ranks of a bucket of gradients. torch's own hook of this kind refuses gloo."""
+    halved = bucket.buffer().bfloat16().div_(distributed.world_size())
+    work = dist.all_reduce(halved, async_op=True)
+    assert work is not None
+
+    def widened(reduced: torch.futures.Future[list[Tensor]]) -> Tensor:
+        mean: Tensor = bucket.buffer().copy_(reduced.value()[0])
+        return mean
+
+    result: torch.futures.Future[Tensor] = work.get_future().then(widened)
+    return result
 
 
 PLUGIN = DDPStrategy

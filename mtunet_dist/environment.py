@@ -1,0 +1,84 @@
+"""What a process runs on and with: kept in the run folder and, as far as bits may depend on it, in each checkpoint."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtunet_dist import __version__, distributed
+
+PACKAGES = ("nvidia-dali-cuda130", "deepspeed", "numpy", "pillow")
+
+
+def fingerprint() -> dict[str, str]:
+    """Versions and devices that the last bits of a result may depend on."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "mtunet_dist": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a subclass of str, which a checkpoint could not hold
+        "cuda": torch.version.cuda or "none",
+        **{name: _version(name) for name in PACKAGES},
+        "cpu": _cpu(),
+        "gpus": ", ".join(gpus) or "none",
+    }
+
+
+def environment() -> dict[str, Any]:
+    """``fingerprint``, code state, machine and command."""
+    return {
+        **fingerprint(),
+        "git": _git_state(),
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "world_size": distributed.world_size(),
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What differs between two fingerprints, as ``torch 2.12 (now 2.13)``."""
+    keys = sorted(before.keys() | now.keys())
+    return [f"{k} {before.get(k)} (now {now.get(k)})" for k in keys if before.get(k) != now.get(k)]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _cpu() -> str:
+    """The CPU's name; libraries choose their kernels by it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _git_state() -> str | None:
+    """Commit of the code, with ``-dirty`` when it was changed since; None outside a repository."""
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None

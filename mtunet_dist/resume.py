@@ -1,0 +1,207 @@
+"""Beginning and going on: what a checkpoint carries over, and from which one a run continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtunet_dist import checkpoint, distributed
+from mtunet_dist import environment as environments
+from mtunet_dist.config import Config, config_from_text, flat, save_config, to_yaml
+from mtunet_dist.errors import InputError, MTUNetError
+from mtunet_dist.folder_lock import lock_folder
+from mtunet_dist.run import Run, build
+
+# What may differ between a checkpoint and the run that continues it: none of it changes what is learned beyond
+# rounding (loader, cache and device may differ by one level of RGB), or (epochs, on_error) the user means it to.
+MAY_CHANGE = (
+    "run_dir",
+    "data.root",
+    "data.eval",
+    "data.loader",
+    "data.threads",
+    "data.prefetch",
+    "data.cache",
+    "data.on_error",
+    "data.dali",
+    "strategy",
+    "epochs",
+    "eval_batch_size",
+    "eval_every_epochs",
+    "channels_last",
+    "compile",
+    "compile_mode",
+    "device",
+    "timeout_s",
+    "on_write_error",
+    "checkpoint",
+    "log",
+)
+
+
+def start(config: Config, device: torch.device) -> Run:
+    """Build everything that ``config`` names, take its run folder, restore the newest checkpoint there.
+
+    Raises InputError, before anything is written, if config, data and checkpoint do not fit together or another
+    training has the folder; MTUNetError if the folder cannot be written to.
+    """
+    run = build(config, device)
+    try:
+        distributed.decide(lambda: _claim(run))
+        _restore(run)
+        if not run.finished:
+            distributed.decide(lambda: _describe(run))
+    except MTUNetError:
+        run.close()
+        raise
+    return run
+
+
+def save(run: Run, *, best: bool, wait: bool) -> None:
+    """Write a checkpoint; called on every rank. Changes nothing in the run.
+
+    Returns when the state is copied, or with ``wait`` when the file is there: no rank may end before. Raises
+    MTUNetError, on all ranks alike, if it cannot be written, or the one before could not.
+    """
+    check_written(run)
+    ranks = distributed.gather_to_main(_rank_state(run))
+    strategy_state = run.strategy.save()
+    statistics = distributed.mean_over_ranks(distributed.running_statistics(run.module))
+    if distributed.is_main():
+        strategy_state["model"] |= statistics
+        state: checkpoint.State = {
+            "step": run.step,
+            "strategy": strategy_state,
+            "ranks": ranks,
+            "best": {**_best_of(run.config), "value": run.best},
+            "metrics": run.metrics,
+            "config": to_yaml(run.config),
+            "dataset": json.dumps(dataclasses.asdict(run.dataset.info)),
+            "fingerprint": run.train_split.fingerprint,
+            "environment": environments.fingerprint(),
+        }
+        run.writer.submit(state, best=best)
+    if wait:
+        distributed.decide(run.writer.wait)
+
+
+def check_written(run: Run) -> None:
+    """Return when the checkpoint begun last is on disk; called on every rank.
+
+    Raises MTUNetError, on all ranks alike, if it could not be written; with ``on_write_error=continue`` only warns.
+    """
+
+    def wait() -> None:
+        try:
+            run.writer.wait()
+        except MTUNetError as error:
+            if run.config.on_write_error == "stop":
+                raise
+            warnings.warn(f"{error}; training goes on, as on_write_error=continue", stacklevel=2)
+
+    distributed.decide(wait)
+
+
+def _claim(run: Run) -> None:
+    """Take the run folder until the run is closed. Raises InputError as ``lock_folder``."""
+    run.lock = lock_folder(run.dir, f"another training is writing to {run.dir}; stop it, or choose another run_dir")
+
+
+def _describe(run: Run) -> None:
+    """Write what says what the run is."""
+    try:
+        (run.dir / "pictures").mkdir(exist_ok=True)
+        save_config(run.config, run.dir / "config.yaml")
+        text = json.dumps(environments.environment(), indent=2) + "\n"
+        (run.dir / "environment.json").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise MTUNetError(f"cannot write to the run folder {run.dir}: {error.strerror}") from error
+
+
+def _restore(run: Run) -> None:
+    """Continue from the newest checkpoint, or begin with a random state of this rank's own."""
+    torch.manual_seed(run.config.seed * 1_000_003 + distributed.rank() + 1)  # dropout differs between ranks
+    file = distributed.decide(lambda: checkpoint.latest(run.dir / "checkpoints"))
+    if file is None:
+        return
+    if not file.is_file():
+        reason = "run_dir must lie on a disk that all nodes share"
+        raise InputError(f"rank {distributed.rank()} does not see {file}, which rank 0 has; {reason}")
+    state = checkpoint.load(file)
+    _check_same_training(run, state)
+    if distributed.is_main() and (changed := environments.changes(state["environment"], environments.fingerprint())):
+        warnings.warn(f"{file} was written with {', '.join(changed)}: the last bits may differ", stacklevel=2)
+    run.strategy.load(state["strategy"])
+    _restore_rank(run, state["ranks"])
+    run.step = state["step"]
+    run.metrics = state["metrics"]
+    if {**state["best"], **_best_of(run.config)} == state["best"]:
+        run.best = state["best"]["value"]
+
+
+def _best_of(config: Config) -> dict[str, str | int]:
+    """What the value of the best model is a value of."""
+    return {"metric": config.checkpoint.best, "split": config.data.eval, "batch": config.eval_batch_size}
+
+
+def _check_same_training(run: Run, state: checkpoint.State) -> None:
+    """Refuse to continue a checkpoint of another training."""
+    where = f"{run.dir} holds a checkpoint"
+    if state["fingerprint"] != run.train_split.fingerprint:
+        raise InputError(f"{where} trained on other data than {run.config.data.root}; choose another run_dir")
+    before = flat(config_from_text(state["config"]))
+    now = flat(run.config)
+    changed = [
+        f"{key}={before.get(key)} (now {now.get(key)})"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(key == k or key.startswith(k + ".") for k in MAY_CHANGE)
+    ]
+    if changed:
+        raise InputError(f"{where} trained with {', '.join(changed)}; choose another run_dir")
+    if state["step"] > run.total_steps:
+        raise InputError(f"{where} of step {state['step']}, beyond epochs={run.config.epochs}")
+
+
+def _rank_state(run: Run) -> dict[str, Any]:
+    """What differs between ranks: random generators, batch-norm statistics, and the losses of the epoch so far."""
+    local = {name: buffer.cpu() for name, buffer in _local_buffers(run.module).items()}
+    state: dict[str, Any] = {"rng": torch.get_rng_state(), "local": local}
+    if run.device.type == "cuda":
+        state["cuda_rng"] = torch.cuda.get_rng_state(run.device)
+    return state
+
+
+def _restore_rank(run: Run, ranks: list[dict[str, Any]]) -> None:
+    """Give this rank its own state back.
+
+    With another number of ranks the random state starts anew, all continue from the mean of the batch-norm
+    statistics, which is in the model's state, and rank 0 carries on the sums of the losses.
+    """
+    mine = _local_buffers(run.module)
+    if len(ranks) == distributed.world_size():
+        state = ranks[distributed.rank()]
+        torch.set_rng_state(state["rng"])
+        if run.device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"], run.device)
+        for name, buffer in mine.items():
+            buffer.copy_(state["local"][name])
+        return
+    for name, buffer in _local_sums(run.module).items():
+        buffer.zero_()
+        if distributed.is_main():
+            buffer.copy_(torch.stack([state["local"][name] for state in ranks]).sum(0))
+
+
+def _local_buffers(module: torch.nn.Module) -> dict[str, Tensor]:
+    """The buffers that are not the same on all ranks."""
+    return distributed.running_statistics(module) | _local_sums(module)
+
+
+def _local_sums(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Sums that a weighting keeps for this rank alone."""
+    return {name: buffer for name, buffer in module.named_buffers() if name.split(".")[-1].startswith("local_")}
