@@ -30,6 +30,7 @@ setup(
         "pillow>=11",
         "pyyaml>=6",
         "rich>=14",
+        "safetensors>=0.5",
         "tensorboard>=2.20",
     ],
     extras_require={

@@ -14,6 +14,7 @@ VERBS = {
     "train": "train, or resume a training",
     "evaluate": "metrics of a run or a checkpoint",
     "predict": "label and depth of your own images",
+    "export": "the weights as safetensors, for other programs",
 }
 
 

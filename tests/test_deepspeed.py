@@ -118,16 +118,21 @@ def learned(state: State) -> State:
 
 
 # The equality table. Fused optimisers round the last elements of a tensor differently from the rest, and where a
-# tensor ends depends on how the stage cuts it up: bits can only be expected where the cuts are the same.
+# tensor ends depends on how the stage cuts it up: bits can only be expected where the cuts are the same. With foreach
+# optimisers, which treat all elements alike, every strategy gives the same bits.
 
 CASES = [("sgd", 1, 0.0), ("sgd", 2, 0.5), ("adam", 1, 0.0), ("adam", 2, 0.0)]  # optimiser, accumulate, clip_norm
-STEPS = 4
+FOREACH = [("sgd foreach", 1, 0.0), ("adam foreach", 1, 0.0)]
+STEPS = 20
 
 
 def run_case(name: str, folder: Path, optimizer: str, accumulate: int, clip_norm: float) -> dict[str, Any]:
     """State after the first and, without accumulation, the last step; gradient norms."""
-    words = [*OPTIMIZERS[optimizer], f"optim.accumulate={accumulate}", f"optim.clip_norm={clip_norm}"]
-    strategy = make_strategy(name, folder, *words)
+    words = [*OPTIMIZERS[optimizer.split()[0]], f"optim.accumulate={accumulate}", f"optim.clip_norm={clip_norm}"]
+    strategy: Any = make_strategy(name, folder, *words)
+    if "foreach" in optimizer:
+        for group in strategy.optimizer.param_groups:
+            group["fused"], group["foreach"] = False, True
     norms = train(strategy, range(1), accumulate)
     states = {"first": clone(strategy.save())}
     if accumulate == 1:
@@ -138,7 +143,7 @@ def run_case(name: str, folder: Path, optimizer: str, accumulate: int, clip_norm
 
 
 def _run_cases(folder: Path) -> None:
-    for case in CASES:
+    for case in (*CASES, *FOREACH):
         for name in STRATEGIES:
             result = run_case(name, folder, *case)
             if distributed.is_main():
@@ -170,15 +175,25 @@ def test_one_step_of_two_ranks_is_that_of_one_process(
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_four_steps_end_alike_and_to_the_bit_where_tensors_are_cut_alike(two_ranks: Path, optimizer: str) -> None:
+def test_twenty_steps_end_alike_and_to_the_bit_where_tensors_are_cut_alike(two_ranks: Path, optimizer: str) -> None:
     results = table(two_ranks, (optimizer, 1, 0.0))
     for name, result in results.items():
         print(f"{optimizer} {name}: weights {difference(result['last']['model'], results['ddp']['last']['model']):.1e}")
-        torch.testing.assert_close(learned(result["last"]), learned(results["ddp"]["last"]), rtol=1e-5, atol=1e-6)
-        assert result["norms"] == pytest.approx(results["ddp"]["norms"], rel=1e-5)
+        torch.testing.assert_close(learned(result["last"]), learned(results["ddp"]["last"]), rtol=1e-4, atol=1e-5)
+        assert result["norms"] == pytest.approx(results["ddp"]["norms"], rel=1e-4)
     for a, b in (("ddp", "zero0"), ("zero1", "zero2")):
         assert_same_state(results[a]["last"], results[b]["last"])
         assert results[a]["norms"] == results[b]["norms"]
+
+
+@pytest.mark.parametrize("case", FOREACH)
+def test_twenty_steps_end_with_the_same_bits_under_every_strategy(
+    two_ranks: Path, case: tuple[str, int, float]
+) -> None:
+    results = table(two_ranks, case)
+    for name in STRATEGIES[1:]:
+        assert_same_state(learned(results[name]["last"]), learned(results["ddp"]["last"]))
+    assert difference(results["ddp"]["last"]["model"], results["ddp"]["first"]["model"]) > 1e-3
 
 
 def test_the_norm_is_clipped_and_reported_unclipped(two_ranks: Path) -> None:

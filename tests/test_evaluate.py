@@ -14,16 +14,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from training import on_ranks
 
-from mtunet_dist import checkpoint, distributed
+from mtunet_dist import checkpoint, distributed, plugins
 from mtunet_dist import evaluate as evaluation
+from mtunet_dist import export as exporting
 from mtunet_dist import predict as prediction
 from mtunet_dist.baselines import ConstantPredictor
-from mtunet_dist.config import Config, to_yaml
+from mtunet_dist.config import Config, config_from_text, to_yaml
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError
-from mtunet_dist.evaluate import Evaluation, eval_loader, evaluate, metric_names
+from mtunet_dist.evaluate import Evaluation, eval_loader, evaluate, load_step, metric_names
 from mtunet_dist.multitask import build_step, make_tasks
 from mtunet_dist.train import train
 
@@ -171,3 +173,27 @@ def test_predict_on_a_cpu_what_was_trained_on_a_gpu(
     with pytest.raises(SystemExit):
         prediction.main()
     assert not (tmp_path / "out" / "a.label.png").exists()
+
+
+def test_exported_weights_and_their_metadata_are_enough_to_predict(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config("epochs=1")
+    train(config)
+    out = tmp_path / "out" / "weights.safetensors"
+    monkeypatch.setattr(sys, "argv", ["export", config.run_dir, "--out", str(out)])
+    exporting.main()
+    assert f"(step 3) written to {out}" in capsys.readouterr().out
+    with safe_open(out, "pt") as file:
+        metadata = file.metadata()
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    outputs = {"segmentation": len(json.loads(metadata["dataset"])["classes"]), "depth": 1}
+    model = plugins.build("model", config_from_text(metadata["config"]).model, outputs).eval()
+    model.load_state_dict(weights)
+    image = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    mean, std = (torch.tensor(json.loads(metadata[key])).view(3, 1, 1) for key in ("image_mean", "image_std"))
+    state = checkpoint.load(checkpoint.resolve(Path(config.run_dir)))
+    with torch.no_grad():
+        torch.testing.assert_close(model((image - mean) / std), load_step(state, config, CPU).predict(image))
+    with pytest.raises(InputError, match=r"^--out=.* cannot be written: "):
+        exporting.export(state, out / "below_a_file")

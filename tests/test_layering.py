@@ -21,7 +21,7 @@ LAYERS = [
     ["evaluate"],
     ["run"],
     ["preemption", "resume", "watchdog"],
-    ["train", "predict", "prepare", "summary", "synthesize"],
+    ["train", "predict", "export", "prepare", "summary", "synthesize"],
     ["cli"],
 ]
 ONLY_IN = {

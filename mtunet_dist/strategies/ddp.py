@@ -54,7 +54,7 @@ class DDPStrategy:
                 static_graph=static_graph,
             )
             if compress == "bf16":
-                self.wrapped.register_comm_hook(None, _mean_in_bf16)
+                self.wrapped.register_comm_hook(None, lambda _, bucket: _mean_in_bf16(bucket))
             self._settle_buckets(device)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -120,7 +120,7 @@ class DDPStrategy:
         pass
 
 
-def _mean_in_bf16(state: None, bucket: Any) -> torch.futures.Future[Tensor]:
+def _mean_in_bf16(bucket: Any) -> torch.futures.Future[Tensor]:
     """The mean over ranks of a bucket of gradients. torch's own hook of this kind refuses gloo."""
     halved = bucket.buffer().bfloat16().div_(distributed.world_size())
     work = dist.all_reduce(halved, async_op=True)

@@ -1,0 +1,63 @@
+"""Weights for other programs: ``python -m mtunet_dist.export RUN_OR_CHECKPOINT --out FILE.safetensors``.
+
+A safetensors file of the network's parameters and batch-norm statistics, float32, contiguous, under the names of its
+``state_dict``; its metadata, all text, say how to use them: ``config`` (YAML), ``dataset`` (JSON: classes, depth),
+``image_mean`` and ``image_std`` (JSON: subtract, divide; of RGB 0..255), ``step``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from mtunet_dist import checkpoint
+from mtunet_dist.errors import InputError, command
+from mtunet_dist.evaluate import load_run
+from mtunet_dist.multitask import IMAGE_MEAN, IMAGE_STD
+
+
+def export(state: checkpoint.State, out: Path) -> int:
+    """Write the weights in a checkpoint's ``state`` to ``out``; returns how many numbers. InputError if it cannot."""
+    prefix = "model."
+    saved = state["strategy"]["model"].items()
+    weights = {name.removeprefix(prefix): value.contiguous() for name, value in saved if name.startswith(prefix)}
+    metadata = {
+        "format": "pt",
+        "step": str(state["step"]),
+        "config": state["config"],
+        "dataset": state["dataset"],
+        "image_mean": json.dumps([255 * value for value in IMAGE_MEAN]),
+        "image_std": json.dumps([255 * value for value in IMAGE_STD]),
+    }
+    temporary = out.with_name(out.name + ".tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_file(weights, temporary, metadata)
+        temporary.replace(out)
+    except OSError as error:
+        raise InputError(f"--out={out} cannot be written: {error.strerror or error}") from error
+    return sum(value.numel() for value in weights.values())
+
+
+@command
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m mtunet_dist.export", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "path",
+        type=Path,
+        metavar="RUN_OR_CHECKPOINT",
+        help="a checkpoint, or a run folder: its best.pt, else its newest",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write, FILE.safetensors")
+    args = parser.parse_args()
+    state, _, file = load_run(args.path, [])
+    numbers = export(state, args.out)
+    print(f"{numbers / 1e6:.2f} M numbers of {file} (step {state['step']}) written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
