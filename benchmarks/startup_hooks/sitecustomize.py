@@ -19,7 +19,19 @@ from types import ModuleType
 from typing import Any
 
 EVENTS: list[tuple[float, str, str]] = [(time.time(), "stage", "other imports")]
-PACKAGES = ("torch", "torch.utils.tensorboard", "nvidia.dali", "deepspeed", "numpy", "PIL", "omegaconf", "rich", "ray")
+PACKAGES = (
+    "torch",
+    "torch._dynamo",  # which every torch.optim.Optimizer imports
+    "torch.utils.tensorboard",
+    "sympy",
+    "nvidia.dali",
+    "deepspeed",
+    "matplotlib",
+    "numpy",
+    "PIL",
+    "omegaconf",
+    "rich",
+)
 
 
 def note(event: str, name: str) -> None:
@@ -29,7 +41,7 @@ def note(event: str, name: str) -> None:
 
 
 def then(function: Callable[..., Any], before: str = "", after: str = "", last: bool = False) -> Callable[..., Any]:
-    """``function``, with a new stage before or after its first call; with ``last`` the process ends there."""
+    """``function``, with a new stage before or after a call; with ``last`` the process ends there."""
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if before:
