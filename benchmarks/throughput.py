@@ -1,16 +1,16 @@
-"""Samples/s of loading alone, of training steps alone, and of both, side by side in one process.
+"""Samples/s of loading alone, and of loading and training together, side by side in one process.
 
-    python benchmarks/throughput.py data/streets device=cuda batch_size=64
+    python benchmarks/throughput.py data/streets device=cuda batch_size=64 precision=bf16
 
 Variants take turns for ``--rounds`` rounds, so that a machine that drifts slows them all; the table gives the median
 and its ratio to the first variant of each part. ``key=value`` words change the config (default: full-width MT-UNet).
-On a GPU, ``dali`` decodes JPEGs on the device, and the table also says how far its pixels are from the CPU's.
+Steps alone are for ``step.py``. On a GPU, ``dali`` decodes JPEGs on the device, and the table also says how far its
+pixels are from the CPU's.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import tempfile
 import time
@@ -24,18 +24,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mtunet_dist import distributed, plugins
+from mtunet_dist import distributed
 from mtunet_dist.config import Config, load_config
 from mtunet_dist.data.loader import make_loader
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
-from mtunet_dist.environment import environment
 from mtunet_dist.errors import command
-from mtunet_dist.multitask import Batch, build_step
-from mtunet_dist.strategies._strategy import Strategy
-
-Work = Callable[[], object]
-"""Processes one batch."""
+from mtunet_dist.multitask import Batch
+from steps import training
+from turns import Work, about, take_turns
 
 
 def loading(config: Config, loader: str, device: torch.device) -> Iterator[Batch]:
@@ -47,39 +44,14 @@ def loading(config: Config, loader: str, device: torch.device) -> Iterator[Batch
     return make_loader(replace(config.data, **data), split, order, device).batches()
 
 
-def training(config: Config, device: torch.device, precision: str, channels_last: bool) -> Callable[[Batch], None]:
-    """A function that trains on one batch."""
-    changes: Any = {"precision": precision, "channels_last": channels_last}
-    config = replace(config, **changes)
+def variants(config: Config, device: torch.device) -> dict[tuple[str, str], Work]:
+    """The work to time: part of the table and variant -> one batch of it."""
     info = PreparedDataset(Path(config.data.root)).info
-    torch.manual_seed(config.seed)
-    step = build_step(config, info.classes, info.depth)
-    strategy: Strategy = plugins.build("strategy", config.strategy, step, config, device)
-
-    def train_on(batch: Batch) -> None:
-        total, _ = strategy(batch)
-        strategy.backward(total)
-        strategy.apply(config.optim.lr)
-
-    return train_on
-
-
-def variants(config: Config, device: torch.device) -> dict[str, dict[str, Work]]:
-    """The work to time: part of the table -> variant -> one batch of it."""
+    train_on = training(config, device, info.classes, info.depth)
     loaders = {name: loading(config, name, device) for name in ("dali", "torch")}
-    batch = next(loaders["dali"])
-    precisions = ["fp32", "bf16", "fp16"] if device.type == "cuda" else ["fp32"]
-    steps = {
-        f"{precision}, {'channels-last' if last else 'contiguous'}": training(config, device, precision, last)
-        for precision, last in itertools.product(precisions, (False, True))
-    }
-    best = list(steps)[-1] if device.type == "cpu" else "bf16, channels-last"
-    return {
-        "loading": {name: partial(next, batches) for name, batches in loaders.items()},
-        "step": {name: partial(train_on, batch) for name, train_on in steps.items()},
-        f"loading and step ({best})": {
-            name: partial(_load_and_train, steps[best], batches) for name, batches in loaders.items()
-        },
+    alone: dict[tuple[str, str], Work] = {("loading", name): partial(next, it) for name, it in loaders.items()}
+    return alone | {
+        ("loading and step", name): partial(_load_and_train, train_on, batches) for name, batches in loaders.items()
     }
 
 
@@ -120,25 +92,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(None, [f"run_dir={folder}", f"data.root={args.root}", *args.overrides])
     device = distributed.pick_device(config.device)
-    parts = variants(config, device)
-    times: dict[tuple[str, str], list[float]] = {}
-    for current in range(args.rounds + 1):  # round 0 warms up
-        for part, works in parts.items():
-            for name, work in works.items():
-                elapsed = seconds(work, args.batches, device)
-                if current:
-                    times.setdefault((part, name), []).append(elapsed)
+    works = {key: partial(seconds, work, args.batches, device) for key, work in variants(config, device).items()}
+    times = {key: statistics.median(found) for key, found in take_turns(works, args.rounds).items()}
     table = Table(title=f"batch {config.batch_size}, {args.rounds} rounds of {args.batches} batches")
     for column in ("part", "variant", "samples/s", "ratio"):
         table.add_column(column, justify="right" if column in ("samples/s", "ratio") else "left")
-    for part, works in parts.items():
-        first = statistics.median(times[part, next(iter(works))])
-        for name in works:
-            median = statistics.median(times[part, name])
-            table.add_row(part, name, f"{args.batches * config.batch_size / median:.1f}", f"{first / median:.2f}")
-        table.add_section()
+    for (part, name), median in times.items():
+        first = next(found for (of, _), found in times.items() if of == part)
+        table.add_row(part, name, f"{args.batches * config.batch_size / median:.1f}", f"{first / median:.2f}")
     console = Console()
-    console.print({k: v for k, v in environment().items() if k not in ("command", "started", "host")})
+    console.print(about("throughput.py"), markup=False, soft_wrap=True)
     console.print(table)
     largest, mean = decode_difference(config, device)
     console.print(f"RGB of DALI on {device.type} against PIL: largest difference {largest} levels, mean {mean:.4f}")
