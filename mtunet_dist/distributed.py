@@ -68,9 +68,10 @@ def process_group(device: torch.device, timeout_s: float) -> Iterator[None]:
     # Later than the watchdog, which says more; before the loop, where there is none, this limit is the only one.
     timeout = timedelta(seconds=timeout_s + 60)
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    # A store that torchrun's agent keeps over a restart still holds the addresses of the processes before; gloo would
-    # try to reach them.
-    store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        # torchrun's agent keeps its store over a restart, with the addresses of the processes before, and gloo tries to
+        # reach them. Agents of several nodes may have counted differently: there, see docs/distributed.md.
+        store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     group: dict[str, Any] = {"store": store, "rank": rank, "world_size": world_size, "timeout": timeout}
     if device.type == "cuda":
         torch.cuda.set_device(device)
