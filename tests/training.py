@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -105,6 +106,21 @@ def kill_all(run_dir: Path) -> None:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that ``pid``'s main thread has started, in that order; they may have ended since."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_until(condition: Callable[[], bool], *running: subprocess.Popen[str], patience_s: float = 120) -> None:
+    """Until ``condition()`` is true, while the processes run."""
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        for process in running:
+            assert process.poll() is None, f"ended with {process.returncode}"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def _command(process: Path) -> list[bytes]:
