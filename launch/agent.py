@@ -218,9 +218,7 @@ def _misfits(samples: int, processes: int, nodes: range) -> list[int]:
 def parser(description: str) -> argparse.ArgumentParser:
     """The part of the command line that is the same on one node and on many."""
     made = argparse.ArgumentParser(description=description)
-    made.add_argument(
-        "--nproc", type=int, help="processes per node (default: one per GPU that the batch suits)"
-    )
+    made.add_argument("--nproc", type=int, help="processes per node (default: one per GPU that the batch suits)")
     made.add_argument("--max-restarts", type=int, metavar="R", help="start again after R failures at most")
     made.add_argument("config", type=Path, metavar="CONFIG")
     made.add_argument("overrides", nargs="*", metavar="key=value")
