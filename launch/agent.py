@@ -39,7 +39,7 @@ from network import Endpoint
 PASSED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 FINAL = (2, PREEMPTED)  # exit codes of what another try would not change: the user's error, and a request to stop
 PATIENCE_S = 600  # that nodes wait for one another
-PARTING_S = 15.0  # that the head, which serves the rendezvous, waits for the others once a job has failed
+PARTING_S = 30.0  # that the head, which serves the rendezvous, waits for the others once a job has failed
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,11 @@ def _set_environment(processes: int) -> None:
     # Left alone the agent gives every process all cores, and torchrun one.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus() // processes)))
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = PASSED_ON
-    # Without it a c10d agent makes one store for its processes and keeps it over restarts, while
-    # init_process_group counts on a new one for each try (torch/distributed/rendezvous.py, _create_c10d_store): gloo
-    # finds there the addresses of the processes that have failed, and mostly waits for them in vain. With it the first
-    # process of each try serves a new store.
+    # Without it a c10d agent makes one store for its processes and keeps it over restarts (dynamic_rendezvous.py,
+    # _shared_tcp_store_server), while init_process_group counts on a new one for every try (rendezvous.py,
+    # _create_c10d_store). gloo's keys there, default_pg/0//cpu//0/RANK, then still hold the addresses of processes
+    # that have ended, and a rank that reads one before it is overwritten connects to nobody. With it the first process
+    # of each try serves a store of its own, at a new port.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
 

@@ -19,6 +19,8 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
+LAST_CALL_S = 15  # that the least number of nodes waits for more, here and after the loss of one
+
 
 class Dynamic(DynamicRendezvousHandler):
     """c10d: nodes come and go, ranks follow the order of the nodes' addresses."""
@@ -92,6 +94,6 @@ def dynamic(
     least, most = nodes
     parameters = RendezvousParameters("c10d", endpoint, run_id, least, most, address, is_host=is_host)
     backend, store = create_backend(parameters)
-    timeout = RendezvousTimeout(join=timedelta(seconds=timeout_s))
+    timeout = RendezvousTimeout(join=timedelta(seconds=timeout_s), last_call=timedelta(seconds=LAST_CALL_S))
     handler: Dynamic = Dynamic.from_backend(run_id, store, backend, least, most, address, timeout)
     return handler
