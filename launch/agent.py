@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -122,7 +123,7 @@ def run(job: Job) -> int:
         # It went on to the processes, which had half a minute to write a checkpoint.
         agent.part(is_host=job.is_host)
         return PREEMPTED if request.sigval in SIGNALS else 128 + request.sigval
-    except RendezvousError as error:
+    except (RendezvousError, DistError) as error:
         handler.shutdown()
         agent.part(is_host=job.is_host)
         if agent.failure is None:
@@ -166,7 +167,7 @@ def _meet(job: Job) -> RendezvousHandler:
     return rendezvous.Static(address, port, job.node_rank, job.nodes[1], job.run_id, PATIENCE_S, job.address)
 
 
-def _why(error: RendezvousError, job: Job) -> str:
+def _why(error: Exception, job: Job) -> str:
     if isinstance(error, RendezvousClosedError):
         return "another node has ended the job"
     if isinstance(error, RendezvousTimeoutError):

@@ -33,6 +33,11 @@ def records(run_dir: str | Path, kind: str) -> list[dict[str, float]]:
     return [r for r in map(json.loads, lines) if r["kind"] == kind]
 
 
+def steps_done(run_dir: Path) -> int:
+    """How many steps have been reported, one by one, so far."""
+    return len(records(run_dir, "train")) if (run_dir / "metrics.jsonl").is_file() else 0
+
+
 def final_state(run_dir: str | Path) -> checkpoint.State:
     return checkpoint.load(checkpoint.by_age(Path(run_dir) / "checkpoints")[0])
 
@@ -113,7 +118,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def wait_until(condition: Callable[[], bool], *running: subprocess.Popen[str], patience_s: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], *running: subprocess.Popen[str], patience_s: float = 300) -> None:
     """Until ``condition()`` is true, while the processes run."""
     deadline = time.monotonic() + patience_s
     while not condition():
