@@ -25,14 +25,19 @@ LAST_CALL_S = 15  # that the least number of nodes waits for more, here and afte
 class Dynamic(DynamicRendezvousHandler):
     """c10d: nodes come and go, ranks follow the order of the nodes' addresses."""
 
+    _lost = False  # the connection; torch would print the stack at every other try
+
     def num_nodes_waiting(self) -> int:
         """Nodes that want to join; none once the head's agent has gone.
 
         It goes when its processes have ended. Those of this node are then ending too, by themselves and with an exit
         code of their own; torch's agent would take the lost connection for its own failure and end them first.
         """
-        with suppress(RendezvousConnectionError):
-            return super().num_nodes_waiting()
+        if not self._lost:
+            try:
+                return super().num_nodes_waiting()
+            except RendezvousConnectionError:
+                self._lost = True
         return 0
 
 
