@@ -28,6 +28,7 @@ setup(
         "numpy>=2",
         "omegaconf>=2.4",
         "pillow>=11",
+        "psutil>=6",
         "pyyaml>=6",
         "rich>=14",
         "safetensors>=0.5",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import agent
 import local
 from mtunet_dist import cli, evaluate, predict, prepare, train
 from mtunet_dist.config import Config
@@ -159,7 +160,7 @@ def test_the_launcher_starts_as_many_processes_as_can_share_the_batch(
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(16))
     config = make_config(*words)
-    assert local.default_processes(config) == processes
+    assert agent.processes_per_node(config, None) == processes
     fewer = processes < (gpus if gpus and config.device != "cpu" else 2)
     assert (f"processes: {processes}, not" in capsys.readouterr().out) == fewer
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +31,11 @@ LAUNCH = [sys.executable, str(Path(__file__).parent.parent / "launch" / "local.p
 def records(run_dir: str | Path, kind: str) -> list[dict[str, float]]:
     lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
     return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def steps_done(run_dir: Path) -> int:
+    """How many steps have been reported, one by one, so far."""
+    return len(records(run_dir, "train")) if (run_dir / "metrics.jsonl").is_file() else 0
 
 
 def final_state(run_dir: str | Path) -> checkpoint.State:
@@ -105,6 +111,21 @@ def kill_all(run_dir: Path) -> None:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that ``pid``'s main thread has started, in that order; they may have ended since."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_until(condition: Callable[[], bool], *running: subprocess.Popen[str], patience_s: float = 300) -> None:
+    """Until ``condition()`` is true, while the processes run."""
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        for process in running:
+            assert process.poll() is None, f"ended with {process.returncode}"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def _command(process: Path) -> list[bytes]:

@@ -1,0 +1,234 @@
+"""One node's part of a job, the same on one node and on many: torch's elastic agent, which starts the processes, ends
+them together, and starts them again after a failure.
+
+It differs from ``torchrun``, which is the same agent, in four things: what would fail again is not started again; the
+exit code is that of the process that failed, or 75 when asked to stop; processes do not outlive a killed launcher; and
+a restart works (see ``_environment``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import DistError
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousError,
+    RendezvousHandler,
+    RendezvousTimeoutError,
+)
+
+import rendezvous
+from mtunet_dist.config import Config
+from mtunet_dist.errors import PREEMPTED, InputError
+from mtunet_dist.preemption import SIGNALS
+from network import Endpoint
+
+# torchrun's own list lacks the last two, and it dies of them.
+PASSED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+FINAL = (2, PREEMPTED)  # exit codes of what another try would not change: the user's error, and a request to stop
+PATIENCE_S = 600  # that nodes wait for one another
+PARTING_S = 30.0  # that the head, which serves the rendezvous, waits for the others once a job has failed
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an agent must know."""
+
+    run_id: str  # the same on all nodes, different for different jobs
+    head: Endpoint  # where the agents meet; port 0: any, for one node
+    is_host: bool  # whether this agent serves that
+    address: str  # of this node, as the others see it
+    nodes: tuple[int, int]  # least and most
+    node_rank: int | None  # for a static rendezvous; None: c10d
+    processes: int  # on this node
+    max_restarts: int
+    words: tuple[str, ...]  # CONFIG key=value...
+
+
+class Agent(LocalElasticAgent):
+    """torch's agent, that looks at the exit code of the first process to fail before it starts them all again."""
+
+    failure: ProcessFailure | None = None
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:  # an extension point, says torch's manual
+        result: RunResult = super()._monitor_workers(worker_group)
+        if result.state != WorkerState.FAILED:
+            return result
+        self.failure = min(result.failures.values(), key=lambda failure: failure.timestamp)
+        code = self.failure.exitcode
+        if code == PREEMPTED and worker_group.spec.rdzv_handler.num_nodes_waiting():
+            # Another node's agent asked its processes to stop, as a node joins; this one is just about to.
+            return RunResult(WorkerState.HEALTHY)
+        if code in FINAL:
+            self._remaining_restarts = 0
+        if self._remaining_restarts:
+            print(
+                f"process {self.failure.local_rank} of this node ended with {code}; starting all again, "
+                f"{self._remaining_restarts} of {worker_group.spec.max_restarts} restarts left",
+                file=sys.stderr,
+                flush=True,
+            )
+        return result
+
+    def part(self, *, is_host: bool) -> None:
+        """Sign off with the other nodes; the host stays until all have, or its end would be an error to them."""
+        group: Any = self.get_worker_group()  # torch annotates it as if nothing ever came of a rendezvous
+        if group.store is None:
+            return
+        deadline = time.monotonic() + PARTING_S
+        with suppress(RuntimeError, SignalException):  # the host has gone; asked once more
+            gone = group.store.add("parted", 1)
+            while is_host and gone < group.group_world_size and time.monotonic() < deadline:
+                time.sleep(0.1)
+                gone = group.store.add("parted", 0)
+
+
+def run(job: Job) -> int:
+    """Run this node's processes to their end and return the exit code: theirs, or 75 (128 + n) on a signal (n).
+
+    Raises InputError if the nodes do not come together.
+    """
+    _set_environment(job.processes)
+    try:
+        handler = _meet(job)
+    except RendezvousError as error:
+        raise InputError(f"no rendezvous at {job.head}: {error.__cause__ or error}") from None
+    worker = ("-u", str(Path(__file__).with_name("worker.py")), str(os.getpid()), "-u", "-m", "mtunet_dist.train")
+    spec = WorkerSpec(
+        role="train",
+        local_world_size=job.processes,
+        entrypoint=sys.executable,
+        args=(*worker, *job.words),
+        rdzv_handler=handler,
+        max_restarts=job.max_restarts,
+        local_addr=job.address,
+    )
+    agent = Agent(spec, DefaultLogsSpecs())
+    try:
+        result = agent.run()
+    except SignalException as request:
+        # It went on to the processes, which had half a minute to write a checkpoint.
+        agent.part(is_host=job.is_host)
+        return PREEMPTED if request.sigval in SIGNALS else 128 + request.sigval
+    except (RendezvousError, DistError) as error:
+        handler.shutdown()
+        agent.part(is_host=job.is_host)
+        if agent.failure is None:
+            raise InputError(_why(error, job)) from None
+        print(f"not started again: {_why(error, job)}", file=sys.stderr, flush=True)
+        return _exit_code(agent.failure)
+    if agent.failure is not None and result.is_failed():
+        # The process that failed first has said why; the agent then ended the others.
+        handler.shutdown()
+        agent.part(is_host=job.is_host)
+        return _exit_code(agent.failure)
+    if job.is_host:
+        handler.shutdown()
+    return 0
+
+
+def _set_environment(processes: int) -> None:
+    """What the agent and its processes read from the environment."""
+    # Left alone the agent gives every process all cores, and torchrun one.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus() // processes)))
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = PASSED_ON
+    # Without it a c10d agent makes one store for its processes and keeps it over restarts (dynamic_rendezvous.py,
+    # _shared_tcp_store_server), while init_process_group counts on a new one for every try (rendezvous.py,
+    # _create_c10d_store). gloo's keys there, default_pg/0//cpu//0/RANK, then still hold the addresses of processes
+    # that have ended, and a rank that reads one before it is overwritten connects to nobody. With it the first process
+    # of each try serves a store of its own, at a new port.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+
+
+def _meet(job: Job) -> RendezvousHandler:
+    if job.node_rank is None:
+        return rendezvous.dynamic(
+            str(job.head),
+            is_host=job.is_host,
+            nodes=job.nodes,
+            run_id=job.run_id,
+            address=job.address,
+            timeout_s=PATIENCE_S,
+        )
+    address, port = job.head.address, job.head.port
+    return rendezvous.Static(address, port, job.node_rank, job.nodes[1], job.run_id, PATIENCE_S, job.address)
+
+
+def _why(error: Exception, job: Job) -> str:
+    if isinstance(error, RendezvousClosedError):
+        return "another node has ended the job"
+    if isinstance(error, RendezvousTimeoutError):
+        return f"fewer than {job.nodes[0]} nodes came to {job.head} in {PATIENCE_S} s"
+    return f"the rendezvous at {job.head} failed: {error.__cause__ or error}"
+
+
+def _exit_code(failure: ProcessFailure) -> int:
+    """As a shell gives it."""
+    return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+
+
+def cpus() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def processes_per_node(config: Config, wanted: int | None, nodes: tuple[int, int] = (1, 1)) -> int:
+    """``wanted``, or else one per GPU, or two on the CPU cores there are; says so if the batch allows fewer only.
+
+    Raises InputError if a number of ``nodes`` (least, most) would have more processes than can share the batch, or
+    the batch could not be dealt evenly.
+    """
+    if wanted is not None and wanted < 1:
+        raise InputError(f"--nproc={wanted} must be at least 1")
+    samples = config.batch_size // config.optim.accumulate
+    possible = range(nodes[0], nodes[1] + 1)
+    if wanted is None:
+        gpus = 0 if config.device == "cpu" else torch.cuda.device_count()
+        there = gpus or min(2, cpus())
+        count = next((n for n in range(there, 0, -1) if not _misfits(samples, n, possible)), 1)
+    else:
+        there = count = wanted
+    if wrong := _misfits(samples, count, possible):
+        listed = ", ".join(f"{n} x {count}" for n in wrong)
+        raise InputError(
+            f"a micro-batch of {samples} samples (batch_size / optim.accumulate) cannot be shared evenly among "
+            f"{listed} (nodes x processes); change batch_size, --nnodes or --nproc"
+        )
+    if count < there:
+        print(f"processes: {count}, not {there}, as a micro-batch of {samples} samples cannot be shared among more")
+    return count
+
+
+def _misfits(samples: int, processes: int, nodes: range) -> list[int]:
+    """The numbers of nodes among whose processes the samples cannot be shared evenly."""
+    return [n for n in nodes if samples % (n * processes)]
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The part of the command line that is the same on one node and on many."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--nproc", type=int, help="processes per node (default: one per GPU that the batch suits)")
+    made.add_argument("--max-restarts", type=int, metavar="R", help="start again after R failures at most")
+    made.add_argument("config", type=Path, metavar="CONFIG")
+    made.add_argument("overrides", nargs="*", metavar="key=value")
+    return made
+
+
+def restarts(wanted: int | None, default: int) -> int:
+    """``--max-restarts``. Raises InputError if it is negative."""
+    if wanted is not None and wanted < 0:
+        raise InputError(f"--max-restarts={wanted} must be 0 or more")
+    return default if wanted is None else wanted

@@ -1,0 +1,108 @@
+"""Train on many nodes: the same command on each, ``python launch/nodes.py --head HOST --nnodes N CONFIG key=value...``.
+
+HOST is one of the nodes. Interface, addresses, numbers of processes and threads follow from it and from the node;
+docs/distributed.md has examples. All nodes need the same code, config, data and a run folder on a disk they share.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import agent
+import network
+from mtunet_dist.config import load_config
+from mtunet_dist.errors import InputError, command
+
+ELASTIC_RESTARTS = 3  # by default: a lost node costs one
+
+
+def node_range(text: str) -> tuple[int, int]:
+    """``N`` or ``LEAST:MOST``. Raises InputError."""
+    words = text.split(":")
+    if not 1 <= len(words) <= 2 or not all(word.isdecimal() for word in words):
+        raise InputError(f"--nnodes={text} is neither a number of nodes nor LEAST:MOST")
+    least, most = int(words[0]), int(words[-1])
+    if not 1 <= least <= most:
+        raise InputError(f"--nnodes={text} must be 1 or more, LEAST not above MOST")
+    return least, most
+
+
+def check_rendezvous(way: str, node_rank: int | None, nodes: tuple[int, int]) -> None:
+    """Raises InputError if the options do not go together."""
+    if way == "c10d" and node_rank is not None:
+        raise InputError(f"--node-rank={node_rank} is for --rdzv=static; with c10d the nodes agree on their ranks")
+    if way == "static" and nodes[0] != nodes[1]:
+        raise InputError(f"--rdzv=static needs a fixed number of nodes, not {nodes[0]}:{nodes[1]}; use --rdzv=c10d")
+
+
+def static_rank(given: int | None, count: int, *, on_head: bool) -> int:
+    """This node's rank among ``count``: 0 on the head, 1 on the other of two, else as ``given``.
+
+    Raises InputError if it is missing, out of range, or another node's.
+    """
+    if given is None:
+        if on_head:
+            return 0
+        if count == 2:
+            return 1
+        raise InputError(
+            f"--node-rank is missing: this node is not the head, so 1 to {count - 1}, another on each node"
+        )
+    if not 0 <= given < count:
+        raise InputError(f"--node-rank={given} is not within 0 to {count - 1}, for --nnodes={count}")
+    if given == 0 and not on_head:
+        raise InputError("--node-rank=0 is the head's, and the address of --head is none of this node's")
+    return given
+
+
+@command
+def main() -> None:
+    """The command line."""
+    parser = agent.parser(__doc__.splitlines()[0])
+    parser.add_argument("--head", required=True, metavar="HOST[:PORT]", help="a node that all others can reach")
+    parser.add_argument("--nnodes", required=True, metavar="N|LEAST:MOST", help="a range lets nodes come and go")
+    parser.add_argument("--rdzv", choices=("c10d", "static"), default="c10d", help="how they meet (default: c10d)")
+    parser.add_argument("--node-rank", type=int, metavar="I", help="with static, if there are more than two nodes")
+    parser.add_argument("--interface", metavar="IF", help="network interface (default: that of the route to the head)")
+    args = parser.parse_args()
+    config = load_config(args.config, args.overrides)
+    nodes = node_range(args.nnodes)
+    check_rendezvous(args.rdzv, args.node_rank, nodes)
+    processes = agent.processes_per_node(config, args.nproc, nodes)
+    max_restarts = agent.restarts(args.max_restarts, default=0 if nodes[0] == nodes[1] else ELASTIC_RESTARTS)
+
+    head = network.resolve(args.head)
+    present = network.interfaces()
+    wanted = args.interface or os.environ.get("GLOO_SOCKET_IFNAME")
+    interface, address = network.choose(head, wanted, present, network.source_towards(head))
+    is_host = network.is_here(head, present)
+    node_rank = None
+    if args.rdzv == "static":
+        node_rank = static_rank(args.node_rank, nodes[1], on_head=is_host)
+        is_host = node_rank == 0
+    os.environ["GLOO_SOCKET_IFNAME"] = interface
+    if args.interface or "NCCL_SOCKET_IFNAME" not in os.environ:
+        os.environ["NCCL_SOCKET_IFNAME"] = f"={interface}"  # NCCL takes a bare name for the beginning of one
+    if is_host:
+        network.check_free(head)
+    else:
+        network.wait_for(head, agent.PATIENCE_S)
+    who = "" if node_rank is None else f"node {node_rank}, "
+    print(f"{who}{interface} {address}, {processes} processes; {args.rdzv} rendezvous at {head}", flush=True)
+    job = agent.Job(
+        run_id=config.run_dir,
+        head=head,
+        is_host=is_host,
+        address=address,
+        nodes=nodes,
+        node_rank=node_rank,
+        processes=processes,
+        max_restarts=max_restarts,
+        words=(str(args.config), *args.overrides),
+    )
+    sys.exit(agent.run(job))
+
+
+if __name__ == "__main__":
+    main()
