@@ -21,7 +21,8 @@ LAYERS = [
     ["evaluate"],
     ["run"],
     ["preemption"],
-    ["train", "predict", "prepare", "summary", "synthesize"],
+    ["reproduction"],
+    ["train", "predict", "prepare", "summary", "synthesize", "reproduce"],
     ["cli"],
 ]
 ONLY_IN = {
