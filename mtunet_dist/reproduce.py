@@ -28,7 +28,6 @@ from mtunet_dist.reproduction.budgets import BUDGETS
 from mtunet_dist.reproduction.experiments import DATASETS, TARGETS, Target
 from mtunet_dist.reproduction.figures import CPU, FIGURES
 from mtunet_dist.reproduction.launching import LOG, Launcher, run_all
-from mtunet_dist.reproduction.published import PUBLISHED
 from mtunet_dist.reproduction.table import Row, markdown, published_rows, rows_of, write_csv
 from mtunet_dist.reproduction.trainings import Setup, Training, plan
 
@@ -82,7 +81,7 @@ class Reproduction:
         rows = [
             constant_row(trainings[0], dataset),
             *rows_of(trainings),
-            *published_rows(PUBLISHED, target.dataset, len(dataset.info.classes)),
+            *published_rows(target.dataset, dataset.info),
         ]
         missing = {t.dir: self.failures.get(t.dir, "not finished") for t in trainings if t.metrics is None}
         notes = [f"{folder}: {reason}" for folder, reason in missing.items()]

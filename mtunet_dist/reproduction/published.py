@@ -1,11 +1,13 @@
 """Published figures that stand beside ours. Shares as fractions, keys as in ``metrics.py``; ``docs/paper.md`` on them.
 
-Only figures for two tasks at 128x256 are here. Keys under ``legacy/`` are averages per image or batch.
+Only figures for two tasks at ``SIZE`` are here. Keys under ``legacy/`` are averages per image or batch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+SIZE = (128, 256)  # height, width
 
 
 @dataclass(frozen=True)

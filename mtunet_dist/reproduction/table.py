@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mtunet_dist.data.info import DatasetInfo
 from mtunet_dist.metrics import higher_is_better
 from mtunet_dist.reproduction.experiments import SYSTEMS
-from mtunet_dist.reproduction.published import Published
+from mtunet_dist.reproduction.published import PUBLISHED, SIZE
 from mtunet_dist.reproduction.trainings import Training
 
 DELTA = "delta_m"
@@ -87,9 +88,11 @@ def rows_of(trainings: Sequence[Training]) -> list[Row]:
     return rows
 
 
-def published_rows(published: Iterable[Published], dataset: str, classes: int) -> list[Row]:
-    """Those of ``published`` on ``dataset`` with as many classes."""
-    fitting = [p for p in published if (p.dataset, p.classes) == (dataset, classes)]
+def published_rows(dataset: str, info: DatasetInfo) -> list[Row]:
+    """The published rows on ``dataset`` (of DATASETS) if ``info`` has their number of classes and their size."""
+    fitting = [
+        p for p in PUBLISHED if (p.dataset, p.classes, SIZE) == (dataset, len(info.classes), (info.height, info.width))
+    ]
     return [Row("published", p.title, {name: [value] for name, value in p.figures.items()}) for p in fitting]
 
 
