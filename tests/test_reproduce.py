@@ -155,7 +155,7 @@ def test_a_signal_stops_what_runs_and_starts_no_more(make_setup: MakeSetup, tmp_
     code = (
         "import pathlib, signal, sys, time; folder = pathlib.Path(sys.argv[1]).parent\n"
         "def end(*_): time.sleep(0.5); (folder / 'saved').touch(); sys.exit(1)\n"
-        "signal.signal(signal.SIGTERM, end); (folder / 'begun').touch(); time.sleep(600)"
+        "signal.signal(signal.SIGTERM, end); (folder / 'begun').touch(); time.sleep(90)"
     )
     script = tmp_path / "stand_in.py"
     script.write_text(code)
@@ -164,9 +164,11 @@ def test_a_signal_stops_what_runs_and_starts_no_more(make_setup: MakeSetup, tmp_
 
     def interrupt() -> None:
         deadline = time.monotonic() + 60
-        while not all(f.is_file() for f in begun) and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            if all(file.is_file() for file in begun):
+                os.kill(os.getpid(), signal.SIGINT)
+                return
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
     launcher = Launcher(f"{sys.executable} {script} {{config}}", jobs=2)
@@ -200,6 +202,22 @@ def test_the_papers_budget_is_full_width_with_several_seeds(make_setup: MakeSetu
     config = trainings[0].config
     assert (config.epochs, config.batch_size, config.optim.lr, config.optim.name) == (200, 2, 1e-4, "adam")
     assert 69e6 < trainings[0].parameters < 71e6
+
+
+def test_torchrun_starts_processes_that_share_batch_and_cores(
+    make_setup: MakeSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = Target("one", "nyuv2", ("mtunet",))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for batch, jobs, processes, threads in ((4, 1, 2, "4"), (3, 1, 1, "8"), (4, 2, 1, "4")):
+        (training,) = plan(target, make_setup(f"batch_size={batch}", "device=cpu"))
+        launcher = Launcher(jobs=jobs)
+        assert f"--nproc-per-node={processes}" in launcher.command(training, Path("config.yaml"))
+        assert launcher.environment(training)["OMP_NUM_THREADS"] == threads
+    gpus = Launcher()
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert [gpus.processes(plan(target, make_setup(f"batch_size={n}"))[0].config) for n in (8, 6, 2)] == [4, 3, 2]
 
 
 def test_delta_m_in_closed_form() -> None:

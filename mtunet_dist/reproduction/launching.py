@@ -57,10 +57,11 @@ class Launcher:
         return [*torchrun, count, signals, "-m", "mtunet_dist.train", str(config_file)]
 
     def processes(self, config: Config) -> int:
-        """Of torchrun: one per GPU, or two on CPU cores, or as many fewer as the batch can be shared among."""
+        """Of torchrun: one per GPU, or two on CPU cores, which the jobs share; fewer if the batch cannot be shared."""
         gpus = 0 if config.device == "cpu" else torch.cuda.device_count()
+        wanted = gpus or max(1, min(2, _cpus()) // self.jobs)
         samples = config.batch_size // config.optim.accumulate
-        return max(n for n in range(1, (gpus or min(2, _cpus())) + 1) if samples % n == 0)
+        return max(n for n in range(1, wanted + 1) if samples % n == 0)
 
     def environment(self, training: Training) -> dict[str, str]:
         """Of the process: torchrun left alone gives each of its processes one thread."""
