@@ -47,16 +47,17 @@ class Reproduction:
         self.failures: dict[Path, str] = {}
         self.ended = 0
 
-    def run(self, launcher: Launcher, stop: StopRequest) -> None:
+    def run(self, launcher: Launcher) -> None:
         """Train what is not trained yet; after each training write the tables it is in, in the end the figures.
 
-        Raises PreemptedError once ``stop`` has received a signal.
+        Raises PreemptedError if one of ``STOPPED_BY`` comes while trainings run; they then leave checkpoints.
         """
         todo = [t for t in self.trainings.values() if t.metrics is None]
         say(f"{len(self.trainings)} trainings, {len(self.trainings) - len(todo)} of them finished; in {self.setup.out}")
         if todo:
             say(f"what a training prints is in its folder, such as {todo[0].dir / LOG}")
-        run_all(todo, launcher, stop, self._ended)
+        with StopRequest(STOPPED_BY) as stop:
+            run_all(todo, launcher, stop, self._ended)
         for name in self.plans:
             if name in FIGURES:
                 self.draw(name)
@@ -69,7 +70,7 @@ class Reproduction:
             self.failures[training.dir] = failure
         metrics = training.metrics or {}
         figures = "  ".join(f"{key} {metrics[key]:.4f}" for key in SHOWN if key in metrics)
-        say(f"{self.ended}  {training.dir}  {figures if failure is None else f'FAILED: {failure}'}")
+        say(f"{self.ended} ended: {training.dir}  {figures if failure is None else f'FAILED: {failure}'}")
         for name, trainings in self.plans.items():
             if name not in FIGURES and training.dir in {t.dir for t in trainings}:
                 self.write_table(name)
@@ -112,10 +113,11 @@ class Reproduction:
         config, info, budget = training.config, dataset.info, self.setup.budget_name
         splits = self.setup.splits(target)
         counts = {s: sum(info.splits[part].count for part in s.split("+")) for s in (splits.train, splits.test)}
+        once = "" if splits == DATASETS[target.dataset].validation else " once"
         changed = f" and {' '.join(self.setup.overrides)}" if self.setup.overrides else ""
         return [
             f"{DATASETS[target.dataset].title}, {len(info.classes)} classes, {info.height}x{info.width}; trained on "
-            f"{splits.train} ({counts[splits.train]} images), measured on {splits.test} ({counts[splits.test]}) once, "
+            f"{splits.train} ({counts[splits.train]} images), measured on {splits.test} ({counts[splits.test]}){once}, "
             f"with the weights after the last of {config.epochs} epochs. Budget {budget}{changed}: batch "
             f"{config.batch_size}, {config.optim.name} {config.optim.lr:g}, {config.precision}.",
             "Mean ± standard deviation (n - 1) over seeds. Depth errors in "
@@ -199,8 +201,8 @@ def main() -> None:
     )
     reproduction = Reproduction(names, setup)
     folder = args.out / args.budget
-    with lock_folder(folder, f"another reproduce is running in {folder}"), StopRequest(STOPPED_BY) as stop:
-        reproduction.run(launcher, stop)
+    with lock_folder(folder, f"another reproduce is running in {folder}"):
+        reproduction.run(launcher)
     if reproduction.failures:
         say(f"{len(reproduction.failures)} trainings failed; the same command tries them again")
         sys.exit(FAILED)
