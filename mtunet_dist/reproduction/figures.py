@@ -86,7 +86,7 @@ def weights(trainings: Sequence[Training], split: Split) -> np.ndarray:
     (loss_weights, share), (miou, depth) = figure.subplots(2, 2)
     for number, system in enumerate(dict.fromkeys(t.system for t in trainings)):
         runs = [t for t in trainings if t.system == system]
-        color, title = f"C{number}", SYSTEMS[system].title.removeprefix("MT-UNet").strip(" ,()")
+        color, title = f"C{number}", SYSTEMS[system].title
         by_task = {task: _weights(runs, task) for task in ("segmentation", "depth")}
         _plot(loss_weights, by_task["segmentation"], color, title)
         _plot(loss_weights, by_task["depth"], color, None, style="--")
