@@ -13,6 +13,7 @@ VERBS = {
     "summary": "what is in a prepared dataset, in figures and as a picture",
     "train": "train, or resume a training",
     "evaluate": "metrics of a run or a checkpoint",
+    "reproduce": "the tables and figures of the paper",
     "predict": "label and depth of your own images",
     "export": "the weights as safetensors, for other programs",
 }

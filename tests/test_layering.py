@@ -21,7 +21,8 @@ LAYERS = [
     ["evaluate"],
     ["run"],
     ["preemption", "resume", "watchdog"],
-    ["train", "predict", "export", "prepare", "summary", "synthesize"],
+    ["reproduction"],
+    ["train", "predict", "export", "prepare", "summary", "synthesize", "reproduce"],
     ["cli"],
 ]
 ONLY_IN = {

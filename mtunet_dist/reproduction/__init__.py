@@ -1,0 +1,1 @@
+"""What ``reproduce`` is made of: which trainings make up which table, how they are started, and what is drawn."""

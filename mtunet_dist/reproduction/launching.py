@@ -1,0 +1,152 @@
+"""Trainings as processes: so many at a time, stopped with a checkpoint on request, failures passed over."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mtunet_dist.config import Config
+from mtunet_dist.errors import InputError, PreemptedError
+from mtunet_dist.preemption import StopRequest
+from mtunet_dist.reproduction.trainings import Training
+
+LOG = "train.log"
+POLL_S = 0.2
+STOP_PATIENCE_S = 90.0  # torchrun gives its processes 30 seconds
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """How a training is started: a command line in which ``{config}`` stands for its config file; None: torchrun here.
+
+    ``jobs`` trainings run at a time. The command must not return before the training has ended.
+    """
+
+    template: str | None = None
+    jobs: int = 1
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise InputError(f"--jobs={self.jobs} must be at least 1")
+        if self.template is not None:
+            try:
+                words = shlex.split(self.template)
+            except ValueError as error:
+                raise InputError(f"--launcher='{self.template}': {error}") from None
+            if not any("{config}" in word for word in words):
+                raise InputError(f"--launcher='{self.template}' must contain {{config}}, the training's config file")
+            if shutil.which(words[0]) is None:
+                raise InputError(f"--launcher='{self.template}': there is no command {words[0]}")
+
+    def command(self, training: Training, config_file: Path) -> list[str]:
+        """The words of the command that trains ``config_file``."""
+        if self.template is not None:
+            return [word.replace("{config}", str(config_file)) for word in shlex.split(self.template)]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+        count = f"--nproc-per-node={self.processes(training.config)}"
+        return [*torchrun, count, signals, "-m", "mtunet_dist.train", str(config_file)]
+
+    def processes(self, config: Config) -> int:
+        """Of torchrun: one per GPU, or two on CPU cores, which the jobs share; fewer if the batch cannot be shared."""
+        gpus = 0 if config.device == "cpu" else torch.cuda.device_count()
+        wanted = gpus or max(1, min(2, _cpus()) // self.jobs)
+        samples = config.batch_size // config.optim.accumulate
+        return max(n for n in range(1, wanted + 1) if samples % n == 0)
+
+    def environment(self, training: Training) -> dict[str, str]:
+        """Of the process: torchrun left alone gives each of its processes one thread."""
+        if self.template is not None:
+            return dict(os.environ)
+        threads = max(1, _cpus() // (self.processes(training.config) * self.jobs))
+        return {"OMP_NUM_THREADS": str(threads), **os.environ}
+
+
+@dataclass
+class _Started:
+    training: Training
+    process: subprocess.Popen[bytes]
+    log: Path
+    offset: int  # where this attempt's output begins
+
+
+def run_all(
+    trainings: Sequence[Training], launcher: Launcher, stop: StopRequest, on_end: Callable[[Training, str | None], None]
+) -> None:
+    """Run or resume ``trainings``; ``on_end(training, why it failed or None)`` after each.
+
+    Once ``stop`` has received a signal, those that run are asked to stop, which leaves a checkpoint, and
+    PreemptedError is raised.
+    """
+    waiting, running = list(trainings), list[_Started]()
+    try:
+        while (waiting or running) and stop.received is None:
+            while waiting and len(running) < launcher.jobs:
+                running.append(_start(waiting.pop(0), launcher))
+            for started in [s for s in running if s.process.poll() is not None]:
+                running.remove(started)
+                on_end(started.training, _failure(started))
+            time.sleep(POLL_S)
+    finally:
+        _stop(running)
+    if stop.received is not None:
+        raise PreemptedError(
+            f"{stop.received.name} received: {len(running)} running trainings were stopped, which leaves a checkpoint; "
+            f"{len(waiting)} had not begun; the same command goes on"
+        )
+
+
+def _start(training: Training, launcher: Launcher) -> _Started:
+    file = training.write_config()
+    log = training.dir / LOG
+    with log.open("ab") as output:
+        offset = output.tell()
+        # In a session of its own, so that Ctrl-C comes to this process alone, which then asks the training to stop.
+        process = subprocess.Popen(
+            launcher.command(training, file),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=launcher.environment(training),
+            start_new_session=True,
+        )
+    return _Started(training, process, log, offset)
+
+
+def _stop(running: Sequence[_Started]) -> None:
+    for started in running:
+        started.process.terminate()
+    deadline = time.monotonic() + STOP_PATIENCE_S
+    for started in running:
+        try:
+            started.process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            started.process.kill()
+            started.process.wait()
+
+
+def _failure(started: _Started) -> str | None:
+    """Why it failed, None if it did not."""
+    code = started.process.returncode
+    if code == 0:
+        if started.training.metrics is not None:
+            return None
+        return f"the command returned, but the training is not finished ({started.log})"
+    with started.log.open("rb") as file:
+        file.seek(started.offset)
+        lines = file.read().decode(errors="replace").splitlines()
+    said = [line.strip() for line in lines if line.startswith("error: ")] or [line.strip() for line in lines[-1:]]
+    return f"exit code {code}: {said[-1] if said else 'it said nothing'} ({started.log})"
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,322 @@
+"""Reproducing tables and figures: what is trained, what is not again, what is written, what is refused."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_folder_source
+from PIL import Image
+
+from mtunet_dist import reproduce
+from mtunet_dist.config import load_config
+from mtunet_dist.data.prepared import PreparedDataset
+from mtunet_dist.errors import InputError, PreemptedError
+from mtunet_dist.metrics import DepthMetric, SegmentationMetric
+from mtunet_dist.preemption import StopRequest
+from mtunet_dist.prepare import prepare
+from mtunet_dist.reproduction import experiments, figures, published, table
+from mtunet_dist.reproduction.budgets import BUDGETS
+from mtunet_dist.reproduction.experiments import DATASETS, SYSTEMS, TARGETS, Target
+from mtunet_dist.reproduction.launching import Launcher, run_all
+from mtunet_dist.reproduction.trainings import Setup, Training, plan
+
+SHORTER = ["epochs=1", "device=cpu", "eval_batch_size=4"]
+NEVER = f"{sys.executable} -c 1/0 {{config}}"  # a launcher that fails whenever it is used
+MakeSetup = Callable[..., Setup]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Splits train, val and test of 12, 5 and 5 samples of 32x64, which every network takes."""
+    folder = tmp_path_factory.mktemp("dataset")
+    write_folder_source(folder / "source")
+    shutil.copytree(folder / "source" / "val", folder / "source" / "test")
+    prepare("folder", folder / "source", folder / "prepared", height=32, width=64, workers=0)
+    return folder / "prepared"
+
+
+@pytest.fixture
+def make_setup(data: Path, tmp_path: Path) -> MakeSetup:
+    """``make_setup("epochs=1", ..., seeds=2)``: the smoke budget on the tiny data with overrides."""
+
+    def make(*overrides: str, budget: str = "smoke", seeds: int | None = None, validation: bool = False) -> Setup:
+        roots = dict.fromkeys(DATASETS, str(data))
+        return Setup(tmp_path, budget, BUDGETS[budget], roots, tuple(overrides), seeds, validation)
+
+    return make
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The exit code of ``reproduce`` with these words."""
+    monkeypatch.setattr(sys, "argv", ["reproduce", *words])
+    try:
+        reproduce.main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+def pretend(training: Training, miou: float, depth: float, weights: Sequence[float] = (0.5, 0.5)) -> None:
+    """Leave in the run folder what a training that measured these figures leaves, without training."""
+    training.checkpoint.parent.mkdir(parents=True)
+    training.checkpoint.touch()
+    steps = training.total_steps
+    measured = {"miou": miou, "accuracy": miou, "depth_abs": depth, "depth_rel": depth, "legacy/miou": None}
+    task_weights = {"weight/segmentation": weights[0], "weight/depth": weights[1]}
+    records = [
+        {"kind": "train", "step": steps, "epoch": 1.0, "samples_per_s": training.config.batch_size / 3, **task_weights},
+        {"kind": "eval", "step": steps, "epoch": 1.0, **measured},
+    ]
+    (training.dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)) + '\n{"kind": "tr')
+
+
+def by_system(path: Path) -> dict[str, dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return {line["system"]: line for line in csv.DictReader(file)}
+
+
+@pytest.mark.slow
+def test_trainings_become_a_table_and_figures_and_are_not_run_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = Target("Two systems", "nyuv2", ("st_unet", "mtunet"))
+    monkeypatch.setitem(experiments.TARGETS, "table2", small)
+    monkeypatch.setitem(experiments.TARGETS, "figure3", small)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words = ["table2", "figure3", "figure5", "--nyuv2", str(data), "--out", str(tmp_path), *SHORTER]
+    assert run(monkeypatch, *words) == 0, capsys.readouterr()
+
+    out = tmp_path / "smoke"
+    runs = out / "nyuv2"
+    config = load_config(runs / "mtunet" / "seed0" / "config.yaml")
+    assert (config.data.train, config.data.eval, config.model["widths"]) == ("train+val", "test", (4, 8, 16, 32))
+    # The last checkpoint's only evaluation, on the whole test split, is what the table says.
+    measured = [json.loads(line) for line in (runs / "mtunet" / "seed0" / "metrics.jsonl").read_text().splitlines()]
+    (evaluation,) = [record for record in measured if record["kind"] == "eval"]
+    rows = by_system(out / "table2.csv")
+    mtunet = rows[SYSTEMS["mtunet"].title]
+    for name in ("miou", "depth_rel", "legacy/accuracy", "legacy/depth_abs"):
+        assert float(mtunet[f"{name}_mean"]) == evaluation[name]
+    assert math.isfinite(float(mtunet["delta_m_mean"]))
+    assert float(rows["best constant"]["accuracy_mean"]) > 0
+    text = (out / "table2.md").read_text(encoding="utf-8")
+    assert "trained on train+val (17 images), measured on test (5) once" in text
+    for name in ("figure3", "figure5"):
+        assert np.asarray(Image.open(out / f"{name}.png")).std() > 20
+
+    before = (runs / "mtunet" / "seed0" / "metrics.jsonl").read_bytes()
+    assert run(monkeypatch, *words, "--launcher", NEVER) == 0
+    assert (runs / "mtunet" / "seed0" / "metrics.jsonl").read_bytes() == before
+    assert (out / "table2.md").read_text(encoding="utf-8") == text
+
+
+@pytest.mark.slow
+def test_a_failed_training_is_passed_over_and_said(
+    data: Path,
+    make_setup: MakeSetup,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    target = Target("Three systems", "nyuv2", ("mtan", "dense", "stan"))
+    monkeypatch.setitem(experiments.TARGETS, "table2", target)
+    pretend(plan(target, make_setup(*SHORTER))[1], 0.5, 1.0)
+    said = f"{sys.executable} -c \"import sys; print('working'); sys.exit('error: no memory')\" {{config}}"
+    words = ["table2", "--nyuv2", str(data), "--out", str(tmp_path), *SHORTER]
+    assert run(monkeypatch, *words, "--launcher", said) == reproduce.FAILED
+    assert "2 trainings failed" in capsys.readouterr().out
+    text = (tmp_path / "smoke" / "table2.md").read_text(encoding="utf-8")
+    assert text.count("(1 without result)") == 2
+    assert text.count("exit code 1: error: no memory") == 2
+    rows = by_system(tmp_path / "smoke" / "table2.csv")
+    assert (rows["MTAN"]["failed_seeds"], rows["MTAN"]["miou_mean"]) == ("0", "")
+    assert (rows["Dense"]["failed_seeds"], rows["Dense"]["miou_mean"]) == ("", "0.5")
+
+    # A command that returns at once has not trained.
+    assert run(monkeypatch, *words, "--launcher", f"{sys.executable} -c 0 {{config}}") == reproduce.FAILED
+    assert "the training is not finished" in (tmp_path / "smoke" / "table2.md").read_text(encoding="utf-8")
+
+
+def test_a_signal_stops_what_runs_and_starts_no_more(make_setup: MakeSetup, tmp_path: Path) -> None:
+    """As torchrun does, the stand-in of a training waits for SIGTERM and then takes its time."""
+    code = (
+        "import pathlib, signal, sys, time; folder = pathlib.Path(sys.argv[1]).parent\n"
+        "def end(*_): time.sleep(0.5); (folder / 'saved').touch(); sys.exit(1)\n"
+        "signal.signal(signal.SIGTERM, end); (folder / 'begun').touch(); time.sleep(90)"
+    )
+    script = tmp_path / "stand_in.py"
+    script.write_text(code)
+    trainings = plan(TARGETS["table2"], make_setup(*SHORTER))
+    begun = [t.dir / "begun" for t in trainings[:2]]
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if all(file.is_file() for file in begun):
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+            time.sleep(0.05)
+
+    threading.Thread(target=interrupt).start()
+    launcher = Launcher(f"{sys.executable} {script} {{config}}", jobs=2)
+    with StopRequest(reproduce.STOPPED_BY) as stop, pytest.raises(PreemptedError, match="SIGINT received: 2 running"):
+        run_all(trainings, launcher, stop, lambda *_: pytest.fail("none of them ends by itself"))
+    assert all((t.dir / "saved").is_file() for t in trainings[:2])
+    assert not any(t.dir.exists() for t in trainings[2:])
+
+
+@pytest.mark.slow
+def test_all_systems_have_trainings_that_the_data_fits(make_setup: MakeSetup) -> None:
+    assert {s for target in TARGETS.values() for s in target.systems} == SYSTEMS.keys()
+    setup = make_setup()
+    plans = {name: plan(TARGETS[name], setup) for name in ("table2", "table3", "figure4")}
+    assert [t.system for t in plans["table2"]] == list(experiments.COMPARED)
+    assert len(plans["table2"]) == 8
+    # The same training has the same folder, another one another.
+    folders: dict[Path, Training] = {}
+    for training in (t for trainings in plans.values() for t in trainings):
+        assert folders.setdefault(training.dir, training) == training
+    (scheduled,) = [t for t in plans["table3"] if t.system == "mtunet_scheduled"]
+    assert scheduled.config.weighting["end_epoch"] == scheduled.config.epochs
+    assert all(t.config.eval_every_epochs == 0 for t in plans["table2"])
+    assert {(t.config.data.train, t.config.data.eval) for t in plans["figure4"]} == {("train", "val")}
+    assert all(t.config.eval_every_epochs == 1 for t in plans["figure4"])
+
+
+def test_the_papers_budget_is_full_width_with_several_seeds(make_setup: MakeSetup) -> None:
+    trainings = plan(Target("one", "nyuv2", ("mtunet",)), make_setup(budget="paper"))
+    assert [t.seed for t in trainings] == [0, 1, 2]
+    config = trainings[0].config
+    assert (config.epochs, config.batch_size, config.optim.lr, config.optim.name) == (200, 2, 1e-4, "adam")
+    assert 69e6 < trainings[0].parameters < 71e6
+
+
+def test_torchrun_starts_processes_that_share_batch_and_cores(
+    make_setup: MakeSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = Target("one", "nyuv2", ("mtunet",))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for batch, jobs, processes, threads in ((4, 1, 2, "4"), (3, 1, 1, "8"), (4, 2, 1, "4")):
+        (training,) = plan(target, make_setup(f"batch_size={batch}", "device=cpu"))
+        launcher = Launcher(jobs=jobs)
+        assert f"--nproc-per-node={processes}" in launcher.command(training, Path("config.yaml"))
+        assert launcher.environment(training)["OMP_NUM_THREADS"] == threads
+    gpus = Launcher()
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert [gpus.processes(plan(target, make_setup(f"batch_size={n}"))[0].config) for n in (8, 6, 2)] == [4, 3, 2]
+
+
+def test_delta_m_in_closed_form() -> None:
+    single = {"miou": 0.4, "accuracy": 0.5, "depth_abs": 2.0, "depth_rel": 0.5}
+    assert table.delta_m(single, single) == 0
+    multi = {"miou": 0.5, "accuracy": 0.6, "depth_abs": 1.8, "depth_rel": 0.6}
+    # segmentation (+25 % + 20 %) / 2, depth (+10 % - 20 %) / 2
+    assert table.delta_m(multi, single) == pytest.approx((22.5 - 5) / 2)
+    assert math.isnan(table.delta_m({**multi, "miou": math.nan}, single))
+    assert math.isnan(table.delta_m(multi, {**single, "depth_abs": 0.0}))
+
+
+def test_what_delta_m_compares_is_what_evaluation_gives() -> None:
+    known = {*SegmentationMetric(3, "cpu").compute(), *DepthMetric("cpu").compute()}
+    assert {name for names in table.COMPARED.values() for name in names} <= known
+    assert set(table.IN_CSV) - {table.DELTA} == known
+    assert all(p.figures.keys() <= known and p.dataset in DATASETS for p in published.PUBLISHED)
+
+
+def test_the_table_has_mean_and_deviation_over_seeds(make_setup: MakeSetup, tmp_path: Path) -> None:
+    trainings = plan(Target("two", "nyuv2", ("st_unet", "mtunet")), make_setup(*SHORTER, seeds=3))
+    figures_of = {("st_unet", 0): (0.4, 1.0), ("st_unet", 1): (0.4, 2.0), ("mtunet", 0): (0.5, 1.0)}
+    figures_of |= {("mtunet", 1): (0.6, 1.0), ("mtunet", 2): (0.7, 1.0)}
+    for training in trainings:
+        if (training.system, training.seed) in figures_of:
+            pretend(training, *figures_of[training.system, training.seed])
+    rows = table.rows_of(trainings)
+    text = table.markdown("Title", ["About."], rows, ["a note"])
+    single, multi = [line for line in text.splitlines() if " M | " in line]
+    assert "| 2 (1 without result) | 40.00 ± 0.00 |" in single
+    # Of seeds 0 and 1, for 2 there is nothing to compare with: (25 + 0) / 2 and (50 + 50) / 2 percent.
+    assert "| 3 | 60.00 ± 10.00 | 60.00 ± 10.00 | 1.0000 ± 0.0000 | 1.0000 ± 0.0000 | +31.25 ± 26.52 | - |" in multi
+    assert multi.endswith(f"| {3 * trainings[0].total_steps / 60:.1f} |")
+    assert text.endswith("\n\n- a note\n")
+    table.write_csv(tmp_path / "table.csv", rows)
+    line = by_system(tmp_path / "table.csv")[SYSTEMS["mtunet"].title]
+    assert float(line["miou_std"]) == pytest.approx(0.1)
+    assert line["legacy/miou_mean"] == ""
+    assert (line["seeds"], line["kind"]) == ("0 1 2", "ours")
+
+
+def test_published_rows_stand_only_beside_the_same_classes_and_size(dataset: PreparedDataset) -> None:
+    thirteen = dataclasses.replace(dataset.info, classes=dataset.info.classes[:1] * 13)
+    same = dataclasses.replace(thirteen, height=128, width=256)
+    text = table.markdown("Title", [], table.published_rows("nyuv2", same), [])
+    (paper,) = [line for line in text.splitlines() if "the paper" in line]
+    assert "26.54 | 61.39" in paper
+    assert not table.published_rows("nyuv2", thirteen)
+    assert not table.published_rows("nyuv2", dataclasses.replace(same, classes=same.classes[:7]))
+    assert not table.published_rows("cityscapes", same)
+
+
+def test_the_chart_of_weights_shows_what_was_recorded(make_setup: MakeSetup, data: Path) -> None:
+    trainings = plan(TARGETS["figure4"], make_setup(*SHORTER))
+    split = PreparedDataset(data).split("val")
+    empty = figures.weights(trainings, split)
+    for i, training in enumerate(trainings):
+        pretend(training, 0.1 * i, 1.0 + i, weights=(0.1 + 0.15 * i, 0.5))
+    drawn = figures.weights(trainings, split)
+    assert drawn.shape == empty.shape
+    halves = np.array_split((drawn != empty).any(2), 2)
+    for quarter in (q for half in halves for q in np.array_split(half, 2, axis=1)):
+        assert quarter.sum() > 200  # each of the four charts
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tabel2"], "unknown table or figure 'tabel2'. Did you mean 'table2'?"),
+        (["epochs=1"], "name a table or figure"),
+        (["table1", "--cityscapes", "nowhere"], "mtunet prepare cityscapes PATH/TO/cityscapes"),
+        (["table1", "--validate"], "no validation part of Cityscapes"),
+        (["table2", "--launcher", "sbatch --wait train.sbatch"], "must contain {config}"),
+        (["table2", "--launcher", "no-such-command {config}"], "there is no command no-such-command"),
+        (["table2", "--jobs", "0"], "--jobs=0 must be at least 1"),
+        (["table2", "--seeds", "0"], "--seeds=0 must be at least 1"),
+        (["table2", "seed=3"], "seed is set by reproduce itself"),
+        (["table2", "optim.lrr=1"], "Did you mean 'lr'?"),
+        (["table2", "batch_size=100"], "batch_size"),
+    ],
+)
+def test_bad_input_ends_before_anything_is_written(
+    words: list[str],
+    message: str,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    assert run(monkeypatch, "--nyuv2", str(data), "--cityscapes", str(data), "--out", str(out), *words) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_run_with_other_settings_is_not_taken_for_this_one(make_setup: MakeSetup) -> None:
+    target = Target("one", "nyuv2", ("mtunet",))
+    plan(target, make_setup(*SHORTER))[0].write_config()
+    plan(target, make_setup(*SHORTER, "data.threads=2"))  # changes nothing that is learned
+    for word in ("optim.lr=1e-5", "epochs=7"):
+        with pytest.raises(InputError, match=word.partition("=")[0].replace(".", r"\.") + ".*choose another --out"):
+            plan(target, make_setup(*SHORTER, word))
