@@ -36,7 +36,7 @@ KILLS = {  # how often at which place
 }
 ON_MAIN = ("saving",)  # places that only rank 0 comes to
 SIGNALS = 10
-EPOCHS = 16  # of 3 steps
+EPOCHS = 32  # of 3 steps
 
 
 class Training:
