@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 import re
 import shutil
 import warnings
@@ -26,6 +28,7 @@ from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError
 from mtunet_dist.evaluate import evaluate
 from mtunet_dist.multitask import Batch, make_tasks
+from mtunet_dist.preemption import SIGNALS
 from mtunet_dist.schema import VOID
 from mtunet_dist.train import train
 
@@ -282,6 +285,18 @@ def test_two_ranks_train_past_a_broken_sample(
         assert state["step"] == 3
         assert records(config.run_dir, "train")[-1]["skipped"] == 1
         assert all(torch.isfinite(v).all() for v in state["strategy"]["model"].values())
+
+
+def test_a_request_to_stop_does_not_end_the_processes_that_decode(dataset: PreparedDataset) -> None:
+    """Slurm sends it to every process of a job; the batches until the next report are still needed."""
+    split = dataset.split("train")
+    batches = make_loader(config_of("torch", threads=1), split, TrainOrder(12, batch_size=4), CPU, None).batches()
+    next(batches)
+    for child in multiprocessing.active_children():
+        for number in SIGNALS:
+            os.kill(child.pid or 0, number)
+    assert len(list(itertools.islice(batches, 9))) == 9
+    assert multiprocessing.active_children()
 
 
 def test_training_does_not_depend_on_threads_and_prefetch(make_config: Callable[..., Config], tmp_path: Path) -> None:

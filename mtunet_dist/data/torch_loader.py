@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ from mtunet_dist.data.splits import Split
 from mtunet_dist.data.torch_augmentation import augmented
 from mtunet_dist.errors import InputError
 from mtunet_dist.multitask import Batch
+from mtunet_dist.preemption import SIGNALS
 from mtunet_dist.schema import VOID
 
 Item = tuple[tuple[Tensor, ...], dict[int, str]]
@@ -61,7 +65,9 @@ class TorchLoader:
             # A forked child hangs once CUDA or DALI has threads in this process.
             multiprocessing_context="spawn" if self.workers else None,
         )
-        for index, (tensors, broken) in zip(itertools.count(start), loader):
+        with _deaf_children():
+            items = iter(loader)
+        for index, (tensors, broken) in zip(itertools.count(start), items):
             for position, reason in broken.items():
                 self.broken.add(position, reason)
             if broken:
@@ -95,6 +101,18 @@ class _DecodedBatches(Dataset[Item]):
         scales = torch.from_numpy(depth_scales(plan, draws, self.split.info.depth.scale))
         tensors = (*augmented(pixels, draws), scales, torch.from_numpy(plan.samples.copy()))
         return tensors, {int(plan.samples[row]): reason for row, reason in broken.items()}
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes started inside never see a request to stop: Slurm sends it to every process of a job."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # children inherit it
+    resource_tracker.ensure_running()  # it comes with the first child, and unblocks SIGTERM here
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _plans(order: Order, start: int) -> Iterator[Plan]:
