@@ -163,6 +163,7 @@ def environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "gpus": gpus,
         "world_size": distributed.world_size(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
