@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -60,6 +62,7 @@ class TorchLoader:
             sampler=_plans(self.order, start),
             num_workers=self.workers,
             prefetch_factor=self.prefetch if self.workers else None,
+            worker_init_fn=_obey_only_the_parent,
             generator=torch.Generator(),  # else starting would draw from, and so change, the global one
             pin_memory=self.device.type == "cuda",
             # A forked child hangs once CUDA or DALI has threads in this process.
@@ -105,7 +108,7 @@ class _DecodedBatches(Dataset[Item]):
 
 @contextmanager
 def _deaf_children() -> Iterator[None]:
-    """Processes started inside never see a request to stop: Slurm sends it to every process of a job."""
+    """Processes started inside do not act upon a request to stop: Slurm sends it to every process of a job."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # children inherit it
     resource_tracker.ensure_running()  # it comes with the first child, and unblocks SIGTERM here
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -113,6 +116,17 @@ def _deaf_children() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _obey_only_the_parent(worker: int) -> None:
+    """In a process that was started deaf: SIGTERM of the parent ends it, as Python expects of its children."""
+
+    def wait() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _plans(order: Order, start: int) -> Iterator[Plan]:
