@@ -14,10 +14,13 @@ if [[ -z ${MTUNET_CONTAINER:-} ]] && ! command -v "$python" >/dev/null; then
   fail "no $python on $(hostname); activate the environment before sbatch, or set MTUNET_PYTHON"
 fi
 
-# The job's log without its ending: what belongs to the job lies beside it. (%% is how scontrol shows a %.)
-job_log=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')
-job_log=${job_log//%%/%}
-job_log=${job_log%.log}
+# By its own number, the first job of an array is the whole array.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+
+# The job's log, where submit.py has not said which it is; what belongs to the job lies beside it under this name.
+job_output=${job_output:-$(scontrol show job "$job" | sed -n 's/^ *StdOut=//p')}
+job_log=${job_output%.log}
 
 # The host of a node: its name, or its address as Slurm knows it, as a node's name need not be a host's.
 host_of() {
@@ -44,9 +47,11 @@ requeue() {
   echo "$2" >>"$job_log.progress"
   if (($(tail -n 3 "$job_log.progress" | grep -cxF -e "$2") == 3)); then
     echo "error: $1; three times at the same point, $2: not queued again" >&2
-  elif scontrol requeue "$SLURM_JOB_ID"; then
-    echo "job $SLURM_JOB_ID, restart $restarts: $1 at $2; queued again"
+  elif scontrol requeue "$job"; then
+    echo "job $job, restart $restarts: $1 at $2; queued again"
     sleep 60 # Slurm ends this script
+  elif scontrol show job "$job" | grep -q '^ *JobState=PENDING '; then
+    echo "job $job, restart $restarts: $1 at $2; queued again by Slurm"
   else
     echo "error: $1 at $2; Slurm does not requeue this job: submit it again, it goes on from there" >&2
   fi

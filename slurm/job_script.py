@@ -67,6 +67,9 @@ def render(job: Job) -> str:
         variables["MTUNET_CONTAINER"] = job.options.container_image
         head += _container(job)
     head += [f"export {name}={_quoted(value)}" for name, value in variables.items()]
+    before, number, after = job.log.name.partition("%j")
+    assert number
+    head.append(f"job_output={_quoted(f'{job.log.parent}/{before}')}$SLURM_JOB_ID{_quoted(after)}")
     head.append(f"set -- {' '.join(map(_quoted, job.words))}")
     if job.members:
         head.append('case "$SLURM_ARRAY_TASK_ID" in')

@@ -99,8 +99,8 @@ def queued_jobs() -> dict[str, str]:
         done = subprocess.run(["squeue", "-h", "--me", "-o", "%A|%T"], capture_output=True, text=True, timeout=60)
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return {}
-    pairs = [line.split("|") for line in done.stdout.splitlines()]
-    return {job: state for job, state in pairs}
+    pairs = (line.partition("|") for line in done.stdout.splitlines())
+    return {job: state for job, _, state in pairs}
 
 
 def locked_files() -> set[int]:

@@ -158,7 +158,7 @@ def options_of(args: argparse.Namespace, kinds: dict[str, Any]) -> Options:
         value = getattr(args, name)
         if isinstance(value, list):
             items = ",".join(value).split(",") if name == "seeds" else value
-            value = json.dumps([int(i) if name == "seeds" and i.strip().isdigit() else i for i in items])
+            value = json.dumps([int(i) if name == "seeds" and i.strip().lstrip("-").isdigit() else i for i in items])
         if value is not None:
             overrides.append(f"{name}={str(value).lower() if isinstance(value, bool) else value}")
     options = load_as(Options, args.profile or {}, overrides)
@@ -241,6 +241,8 @@ def run_here(script: Path, members: int) -> int:
 def main() -> None:
     """The command line."""
     args, options, words = parse(sys.argv[1:])
+    if args.local and args.verb == "sweep":
+        raise InputError("--local: python tune/sweep.py is a sweep on this machine")
     work = VERBS[args.verb](words, options)
     script, text = write(work, options)
     if args.dry_run:

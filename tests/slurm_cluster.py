@@ -32,8 +32,8 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
-# cred_expire is also how long a requeued job waits
-AuthInfo=socket={root}/munge.socket,cred_expire=2
+# cred_expire is also how long a requeued job waits; less than 5 would mean 120
+AuthInfo=socket={root}/munge.socket,cred_expire=5
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool-%n
 SlurmctldPidFile={root}/slurmctld.pid

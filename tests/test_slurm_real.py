@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +18,8 @@ from slurm_cluster import SlurmCluster, wait_for
 from training import assert_same_state, final_state, records
 
 from mtunet_dist import checkpoint
+from status import job_of, status_of
+from status import runs as runs_under
 
 REPOSITORY = Path(__file__).parents[1]
 TRAIN = REPOSITORY / "slurm" / "train.sbatch"
@@ -91,7 +95,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Iterator[S
 @pytest.fixture(scope="module")
 def over_time(site: Site) -> str:
     """A job that reaches its time limit. Slurm looks at limits twice a minute, so it begins before the other tests."""
-    return site.submit("--nodes=1", "--time=1", "--signal=USR1@40", name="over time", pace=0.5)
+    return site.submit("--nodes=2", "--time=3", "--signal=USR1@60", name="over time", pace=3)
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +132,85 @@ def test_a_signal_sends_the_job_back_into_the_queue(site: Site, whole: checkpoin
     assert site.slurm.wait(job, "COMPLETED", "FAILED")["Restarts"] == "1"
     site.check("signalled", whole)
     assert "USR1 received: stopped after step" in (site.folder / f"mtunet-{job}.log").read_text()
+
+
+def test_a_lost_node_is_replaced(site: Site, whole: checkpoint.State) -> None:
+    job = site.submit("--nodes=2", name="lost", pace=0.5)
+    site.wait_for_step("lost", 8)
+    nodes = site.slurm.call("scontrol", "show", "hostnames", site.slurm.job(job)["NodeList"]).split()
+    site.slurm.kill_node(nodes[1])
+    site.slurm.call("scontrol", "update", f"nodename={nodes[1]}", "state=down", "reason=test")
+    assert site.slurm.wait(job, "COMPLETED", "FAILED", "NODE_FAIL")["JobState"] == "COMPLETED"
+    assert nodes[1] not in site.slurm.job(job)["NodeList"]
+    site.slurm.start_node(nodes[1])
+    site.slurm.call("scontrol", "update", f"nodename={nodes[1]}", "state=resume")
+    site.check("lost", whole)
+
+
+def test_a_cancelled_job_does_not_come_back(site: Site) -> None:
+    job = site.submit("--nodes=1", name="cancelled", pace=0.5)
+    site.wait_for_step("cancelled", 1)
+    site.slurm.call("scancel", job)
+    ended = site.slurm.wait(job, "CANCELLED")
+    assert ended["Restarts"] == "0"
+    assert final_state(site.folder / "cancelled")["step"] < STEPS
+
+
+def test_a_job_that_fails_does_not_come_back(site: Site) -> None:
+    job = site.submit("--nodes=2", name="failed", words=("optim.lr=1e30",))
+    ended = site.slurm.wait(job, "FAILED", "COMPLETED")
+    assert (ended["JobState"], ended["Restarts"], ended["ExitCode"]) == ("FAILED", "0", "2:0")
+    assert "error: the " in site.slurm.log(ended)
+
+
+def test_an_array_of_seeds_under_names_that_a_shell_would_act_upon(site: Site) -> None:
+    folder = site.folder / 'it\'s $(touch hit); "ü" `touch hit` %j #1'
+    words = [str(site.config), f"run_dir={folder}", "epochs=2", "--seeds=0,1,2", "--time=10:00", "--name", "a; b'\" #c"]
+    script = str(REPOSITORY / "slurm" / "submit.py")
+    said = site.slurm.call(sys.executable, script, "train", *words, cwd=site.folder, **site.variables)
+    job = re.search(r"^job (\d+);", said)
+    assert job
+    states = [site.slurm.wait(f"{job[1]}_{i}", "COMPLETED", "FAILED") for i in range(3)]
+    assert [state["JobState"] for state in states] == ["COMPLETED"] * 3, [site.slurm.log(state) for state in states]
+    runs = [final_state(folder / f"seed={i}") for i in range(3)]
+    assert [run["step"] for run in runs] == [6] * 3
+    weights = [next(iter(run["strategy"]["model"].values())) for run in runs]
+    assert not weights[0].equal(weights[1]) and not weights[1].equal(weights[2])
+    assert not list(site.folder.rglob("hit"))
+    found = {(s.folder.name, s.state) for s in (status_of(f, {}, set()) for f in runs_under(folder))}
+    assert found >= {("seed=0", "finished"), ("seed=1", "finished"), ("seed=2", "finished")}
+    jobs = {job_of(folder / f"seed={i}") for i in range(3)}
+    assert len(jobs) == 3 and job[1] in jobs
+
+
+def test_a_sweep_over_two_nodes_survives_the_end_of_its_script(site: Site) -> None:
+    sweep = {
+        "name": "tiny",
+        "run_dir": str(site.folder / "sweep"),
+        "config": "tiny.yaml",
+        "overrides": ["epochs=4", "eval_every_epochs=1"],
+        "space": {"optim.lr": {"grid": [1e-3, 1e-2, 3e-3]}},
+        "metric": "depth_abs",
+    }
+    (site.folder / "sweep.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
+    batch = ["sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", str(TRAIN.with_name("sweep.sbatch"))]
+    job = site.slurm.call(*batch, "sweep.yaml", cwd=site.folder, **site.variables)
+    log = site.folder / f"mtunet-sweep-{job}.log"
+    wait_for(lambda: log.is_file() and "  finished" in log.read_text(), log.read_text, 240)
+    site.slurm.call("scancel", "--batch", "--signal=KILL", job)
+    site.slurm.wait(job, "FAILED", "COMPLETING")
+    site.slurm.call("scontrol", "requeue", job)
+    ended = site.slurm.wait(job, "COMPLETED", "FAILED")
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
+    with (site.folder / "sweep" / "results.csv").open(encoding="utf-8") as file:
+        assert [(row["status"], row["epoch"]) for row in csv.DictReader(file)] == [("finished", "4")] * 3
+    assert not Path(f"/tmp/mt{job}").exists()
+    trials = [path.read_text(encoding="utf-8") for path in (site.folder / "sweep" / "trials").glob("*/log.txt")]
+    assert sorted(text.count("; starting;") for text in trials) == [1, 1, 1]
+
+
+def test_a_job_over_its_time_limit_goes_on(site: Site, over_time: str, whole: checkpoint.State) -> None:
+    ended = site.slurm.wait(over_time, "COMPLETED", "FAILED", "TIMEOUT")
+    assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) >= 1
+    assert "USR1 received: stopped after step" in site.slurm.log(ended)
+    site.check("over time", whole)

@@ -29,7 +29,7 @@ FAKES = {
         case "$1 $2" in
             "show hostnames") printf 'n7\nn8\n' ;;
             "show node") echo "NodeName=$4 Arch=x86_64 NodeAddr=10.0.0.7 NodeHostName=$4 Port=0" ;;
-            "show job") printf '   Comment=StdOut=no\n   StdOut=%s/50%%%%.log\n' "$RECORD" ;;
+            "show job") printf '   Comment=StdOut=no\n   StdOut=%s/it'"'"'s 5.log\n' "$RECORD" ;;
             requeue*) exit "${NO_REQUEUE:-0}" ;;
         esac
     """,
@@ -140,6 +140,11 @@ def test_a_training_stopped_on_request_goes_back_into_the_queue(cluster: Cluster
     assert "stopped on request at step_00000008.pt; queued again" in result.stdout
 
 
+def test_a_member_of_an_array_goes_back_alone(cluster: Cluster) -> None:
+    cluster.run("x.yaml", SAID="75 a.pt", SLURM_ARRAY_JOB_ID="42", SLURM_ARRAY_TASK_ID="2")
+    assert cluster.recorded("scontrol")[-2:] == ["requeue", "42_2"]
+
+
 def test_without_progress_a_job_goes_back_into_the_queue_but_twice(cluster: Cluster) -> None:
     results = [cluster.run("x.yaml", SAID=f"75 {step}") for step in ("none", "a.pt", "a.pt", "a.pt")]
     assert [result.returncode for result in results] == [75] * 4
@@ -172,7 +177,7 @@ def test_further_nodes_write_logs_of_their_own(cluster: Cluster) -> None:
     cluster.add("python", 'echo "says $SLURM_NODEID"')
     result = cluster.run("x.yaml", SLURM_JOB_NUM_NODES="2", SLURM_JOB_NODELIST="n[7-8]")
     assert "says 0" in result.stdout and "says 1" not in result.stdout
-    assert (cluster.folder / "50%.node1.log").read_text() == "says 1\n"
+    assert (cluster.folder / "it's 5.node1.log").read_text() == "says 1\n"
 
 
 def test_outside_the_repository_the_script_says_so(cluster: Cluster) -> None:
