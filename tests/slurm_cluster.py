@@ -53,7 +53,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
 SlurmdTimeout=60
-KillWait=20
+KillWait=10
 MinJobAge=3600
 MailProg=/bin/true
 """

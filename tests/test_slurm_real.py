@@ -21,9 +21,10 @@ from mtunet_dist import checkpoint
 from status import job_of, status_of
 from status import runs as runs_under
 
+pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[1]
 TRAIN = REPOSITORY / "slurm" / "train.sbatch"
-EPOCHS, STEPS = 20, 60
+EPOCHS, STEPS = 12, 36
 TINY = {
     "model": {"name": "mtunet", "widths": [4, 4, 8, 8], "bottleneck": 8, "dropout": 0.1},
     "batch_size": 4,
@@ -95,7 +96,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Iterator[S
 @pytest.fixture(scope="module")
 def over_time(site: Site) -> str:
     """A job that reaches its time limit. Slurm looks at limits twice a minute, so it begins before the other tests."""
-    return site.submit("--nodes=2", "--time=3", "--signal=USR1@60", name="over time", pace=3)
+    return site.submit("--nodes=2", "--time=3", "--signal=USR1@60", name="over time", pace=5)
 
 
 @pytest.fixture(scope="module")

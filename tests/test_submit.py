@@ -214,6 +214,7 @@ def test_a_chain_of_jobs_is_recorded_with_config_and_code(
         submit.submit(script, options)
 
 
+@pytest.mark.slow
 def test_the_same_script_runs_without_slurm(config_file: Path, tmp_path: Path) -> None:
     words = ["train", str(config_file), f"run_dir={tmp_path / 'a b'}", "epochs=1", "--local", "--processes=2"]
     command = [sys.executable, submit.__file__, *words]
