@@ -34,6 +34,7 @@ host_of() {
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 # This one and the next are the job's, below the ephemeral ports; others after a requeue, as the last may still be held.
 port=$((15000 + 2 * ((SLURM_JOB_ID + 500 * restarts) % 8500)))
+while (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 2)); done # this is the first node
 
 # A lost node ends a training at once, while Slurm takes minutes to see it.
 all_nodes_answer() {

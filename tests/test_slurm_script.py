@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -199,6 +200,12 @@ def test_every_job_and_every_requeue_has_a_port_of_its_own(cluster: Cluster) -> 
         ports |= {int(word.split("=")[1]) for word in cluster.recorded("python0") if word.startswith("--master-port=")}
     assert len(ports) == 4
     assert all(1024 <= port < 32768 for port in ports)
+
+
+def test_a_port_in_use_is_left_alone(cluster: Cluster) -> None:
+    with socket.create_server(("127.0.0.1", 15084)):
+        assert cluster.run("x.yaml").returncode == 0
+    assert "--master-port=15086" in cluster.recorded("python0")
 
 
 def test_another_python_can_be_named(cluster: Cluster) -> None:
