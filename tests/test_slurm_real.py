@@ -144,7 +144,8 @@ def test_a_lost_node_is_replaced(site: Site, whole: checkpoint.State) -> None:
     assert site.slurm.wait(job, "COMPLETED", "FAILED", "NODE_FAIL")["JobState"] == "COMPLETED"
     assert nodes[1] not in site.slurm.job(job)["NodeList"]
     site.slurm.start_node(nodes[1])
-    site.slurm.call("scontrol", "update", f"nodename={nodes[1]}", "state=resume")
+    back = ["sinfo", "-h", "-n", nodes[1], "-p", "low", "-t", "idle,mixed", "-o", "%N"]
+    wait_for(lambda: bool(site.slurm.call(*back)), lambda: f"{nodes[1]} does not come back", 60)
     site.check("lost", whole)
 
 
