@@ -41,6 +41,7 @@ def environment() -> dict[str, Any]:
         "host": platform.node(),
         "cpus": os.cpu_count(),
         "world_size": distributed.world_size(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import re
 import shutil
+import signal
+import subprocess
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +29,7 @@ from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError
 from mtunet_dist.evaluate import evaluate
 from mtunet_dist.multitask import Batch, make_tasks
+from mtunet_dist.preemption import SIGNALS
 from mtunet_dist.schema import VOID
 from mtunet_dist.train import train
 
@@ -282,6 +286,20 @@ def test_two_ranks_train_past_a_broken_sample(
         assert state["step"] == 3
         assert records(config.run_dir, "train")[-1]["skipped"] == 1
         assert all(torch.isfinite(v).all() for v in state["strategy"]["model"].values())
+
+
+def test_a_request_to_stop_does_not_end_the_processes_that_decode(dataset: PreparedDataset) -> None:
+    """Slurm sends it to every process of a job; the batches until the next report are still needed."""
+    split = dataset.split("train")
+    batches = make_loader(config_of("torch", threads=1), split, TrainOrder(12, batch_size=4), CPU, None).batches()
+    next(batches)
+    (child,) = multiprocessing.active_children()
+    for number in SIGNALS:
+        subprocess.run(["kill", f"-{int(number)}", str(child.pid)], check=True)
+    assert len(list(itertools.islice(batches, 9))) == 9
+    child.terminate()  # as Python does at its own end, and then it waits
+    child.join(60)
+    assert child.exitcode == 128 + signal.SIGTERM
 
 
 def test_training_does_not_depend_on_threads_and_prefetch(make_config: Callable[..., Config], tmp_path: Path) -> None:

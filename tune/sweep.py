@@ -24,7 +24,7 @@ from mtunet_dist.config import to_yaml
 from mtunet_dist.errors import InputError, command
 from mtunet_dist.folder_lock import lock_folder
 from sweep_config import Sweep, check_trials, find_config, load_sweep, metrics_of
-from sweep_ray import local_ray, make_tuner, outcome
+from sweep_ray import cluster_ray, local_ray, make_tuner, outcome
 from sweep_report import report
 
 MAY_CHANGE = ("name", "run_dir", "config")  # when a sweep resumes; config's content may not
@@ -58,14 +58,17 @@ def check_same(sweep: Sweep, before: Sweep) -> None:
         raise InputError(f"{sweep.dir} holds a sweep with {', '.join(changed)}; choose another run_dir")
 
 
-def run(sweep: Sweep, config: Path) -> None:
-    """Run or resume ``sweep`` over the base ``config``, and report. Raises InputError before Ray starts."""
+def run(sweep: Sweep, config: Path, address: str | None = None) -> None:
+    """Run or resume ``sweep`` over the base ``config``, and report. Raises InputError before Ray starts.
+
+    The trials run on this machine, or on those of the Ray at ``address``.
+    """
     configs = check_trials(sweep, config)
     for key, wanted, present in (
         ("cpus_per_trial", sweep.cpus_per_trial, os.cpu_count() or 1),
         ("gpus_per_trial", sweep.gpus_per_trial, torch.cuda.device_count()),
     ):
-        if wanted > present:
+        if address is None and wanted > present:
             raise InputError(f"{key}={wanted}, but this machine has {present}")
     grids = [len(d.values) for d in sweep.dimensions.values() if d.kind == "grid"]
     count = sweep.trials * math.prod(grids)
@@ -73,7 +76,7 @@ def run(sweep: Sweep, config: Path) -> None:
     with opened(sweep, config) as base:
         console.print(f"{sweep.name}: {count} trials; sweep folder {sweep.dir}", markup=False, highlight=False)
         try:
-            with local_ray():
+            with cluster_ray(address) if address else local_ray():
                 results = make_tuner(sweep, base, max(c.epochs for c in configs)).fit()
                 trials = [outcome(result, metrics_of(configs[0])) for result in results]
         except KeyboardInterrupt:
@@ -86,11 +89,14 @@ def run(sweep: Sweep, config: Path) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="a Ray that runs already, as slurm/sweep.sbatch starts it"
+    )
     parser.add_argument("sweep", type=Path, metavar="SWEEP", help="a YAML file, as tune/lr.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     args = parser.parse_args()
     sweep = load_sweep(args.sweep, args.overrides)
-    run(sweep, find_config(sweep, args.sweep))
+    run(sweep, find_config(sweep, args.sweep), args.address)
 
 
 if __name__ == "__main__":

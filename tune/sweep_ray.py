@@ -21,7 +21,8 @@ from sweep_config import Sweep, steps_per_epoch, trial_config
 from sweep_report import Trial
 
 # Read when ray is imported.
-os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))  # else one is left in the home folder
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else one is left in the home folder
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one is never silent
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends here like a kill; Tune's own way looks like success
@@ -189,8 +190,22 @@ def local_ray() -> Iterator[None]:
             logging_level=logging.CRITICAL,
             _temp_dir=folder,
         )
-        logging.getLogger("ray").setLevel(logging.CRITICAL)  # Tune would print each failed trial's traceback
-        try:
+        with _until_shutdown():
             yield
-        finally:
-            ray.shutdown()
+
+
+@contextmanager
+def cluster_ray(address: str) -> Iterator[None]:
+    """The Ray that runs at ``address``, started by others with the token in RAY_AUTH_TOKEN."""
+    ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
+    with _until_shutdown():
+        yield
+
+
+@contextmanager
+def _until_shutdown() -> Iterator[None]:
+    logging.getLogger("ray").setLevel(logging.CRITICAL)  # Tune would print each failed trial's traceback
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 import numpy as np
 import torch
@@ -18,6 +23,7 @@ from mtunet_dist.data.splits import Split
 from mtunet_dist.data.torch_augmentation import augmented
 from mtunet_dist.errors import InputError
 from mtunet_dist.multitask import Batch
+from mtunet_dist.preemption import SIGNALS
 from mtunet_dist.schema import VOID
 
 Item = tuple[tuple[Tensor, ...], dict[int, str]]
@@ -56,12 +62,15 @@ class TorchLoader:
             sampler=_plans(self.order, start),
             num_workers=self.workers,
             prefetch_factor=self.prefetch if self.workers else None,
+            worker_init_fn=_obey_only_the_parent,
             generator=torch.Generator(),  # else starting would draw from, and so change, the global one
             pin_memory=self.device.type == "cuda",
             # A forked child hangs once CUDA or DALI has threads in this process.
             multiprocessing_context="spawn" if self.workers else None,
         )
-        for index, (tensors, broken) in zip(itertools.count(start), loader):
+        with _deaf_children():
+            items = iter(loader)
+        for index, (tensors, broken) in zip(itertools.count(start), items):
             for position, reason in broken.items():
                 self.broken.add(position, reason)
             if broken:
@@ -95,6 +104,29 @@ class _DecodedBatches(Dataset[Item]):
         scales = torch.from_numpy(depth_scales(plan, draws, self.split.info.depth.scale))
         tensors = (*augmented(pixels, draws), scales, torch.from_numpy(plan.samples.copy()))
         return tensors, {int(plan.samples[row]): reason for row, reason in broken.items()}
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes started inside do not act upon a request to stop: Slurm sends it to every process of a job."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # children inherit it
+    resource_tracker.ensure_running()  # it comes with the first child, and unblocks SIGTERM here
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _obey_only_the_parent(worker: int) -> None:
+    """In a process that was started deaf: SIGTERM of the parent ends it, as Python expects of its children."""
+
+    def wait() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _plans(order: Order, start: int) -> Iterator[Plan]:

@@ -1,0 +1,59 @@
+# shellcheck shell=bash disable=SC2034
+# What the batch scripts share. They find it in the repository, so it is read when a job starts, not when it is
+# submitted.
+
+python=${MTUNET_PYTHON:-python}
+restarts=${SLURM_RESTART_COUNT:-0}
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+if [[ -z ${MTUNET_CONTAINER:-} ]] && ! command -v "$python" >/dev/null; then
+  fail "no $python on $(hostname); activate the environment before sbatch, or set MTUNET_PYTHON"
+fi
+
+# By its own number, the first job of an array is the whole array.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+
+# The job's log, where submit.py has not said which it is; what belongs to the job lies beside it under this name.
+job_output=${job_output:-$(scontrol show job "$job" | sed -n 's/^ *StdOut=//p')}
+job_log=${job_output%.log}
+
+# The host of a node: its name, or its address as Slurm knows it, as a node's name need not be a host's.
+host_of() {
+  if getent hosts "$1" >/dev/null; then
+    echo "$1"
+  else
+    scontrol show node -o "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p'
+  fi
+}
+
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+# This one and the next are the job's, below the ephemeral ports; others after a requeue, as the last may still be held.
+port=$((15000 + 2 * ((SLURM_JOB_ID + 500 * restarts) % 8500)))
+while (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 2)); done # this is the first node
+
+# A lost node ends a training at once, while Slurm takes minutes to see it.
+all_nodes_answer() {
+  ((SLURM_JOB_NUM_NODES == 1)) ||
+    timeout 100 srun --overlap --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=1 true
+}
+
+# requeue REASON PROGRESS: put the job back into the queue and end. PROGRESS is how far it is, in a word: after three
+# times at the same point, or where Slurm does not requeue the job, the script goes on behind this.
+requeue() {
+  echo "$2" >>"$job_log.progress"
+  if (($(tail -n 3 "$job_log.progress" | grep -cxF -e "$2") == 3)); then
+    echo "error: $1; three times at the same point, $2: not queued again" >&2
+  elif scontrol requeue "$job"; then
+    echo "job $job, restart $restarts: $1 at $2; queued again"
+    sleep 60 # Slurm ends this script
+  elif scontrol show job "$job" | grep -q '^ *JobState=PENDING '; then
+    echo "job $job, restart $restarts: $1 at $2; queued again by Slurm"
+  else
+    echo "error: $1 at $2; Slurm does not requeue this job: submit it again, it goes on from there" >&2
+  fi
+}

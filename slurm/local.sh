@@ -1,0 +1,28 @@
+#!/bin/bash
+# Run a batch script without Slurm, with this machine as its only node: bash slurm/local.sh SCRIPT [words...]
+set -euo pipefail
+script=$1
+shift
+
+gpus=$(nvidia-smi -L 2>/dev/null || true)
+export SLURM_JOB_ID=$$ SLURM_JOB_NUM_NODES=1 SLURM_JOB_NODELIST=localhost SLURM_NODEID=0 SLURM_SUBMIT_DIR=$PWD
+export SLURM_CPUS_ON_NODE SLURM_GPUS_ON_NODE
+SLURM_CPUS_ON_NODE=$(nproc)
+SLURM_GPUS_ON_NODE=$(grep -c . <<<"$gpus" || true)
+log=$(dirname "$script")/local-$$.log
+
+srun() {
+  while [[ $1 == -* ]]; do shift; done
+  "$@"
+}
+
+scontrol() {
+  case "$1 $2" in
+    "show hostnames") echo localhost ;;
+    "show job") echo "   StdOut=$log" ;;
+    *) return 1 ;; # there is no queue
+  esac
+}
+
+# shellcheck source=/dev/null
+. "$script"

@@ -1,0 +1,87 @@
+"""The agent of one node: ``python slurm/node_agent.py [torchrun's options] -m mtunet_dist.train CONFIG key=value...``.
+
+torchrun with exit codes that a batch script can act upon. SIGTERM, SIGUSR1 and SIGUSR2 go on to the processes, which
+take the time they need for a checkpoint: how long that may be is Slurm's to say. The exit code is that of the process
+that failed first, 75 when it stopped on request.
+
+Where ``MTUNET_EXIT_FILE`` is set (to one path for all nodes), 0 takes the place of 75, as ``srun
+--kill-on-bad-exit`` would kill the nodes that still write, and node 0 leaves the line ``CODE CHECKPOINT`` in that
+file: its exit code before that, and the name of the run's newest checkpoint or ``none``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+from mtunet_dist.errors import PREEMPTED, InputError
+from mtunet_dist.preemption import SIGNALS
+
+
+def pass_on(number: int, frame: FrameType | None) -> None:
+    """Send a request to stop to the processes; without any, there is nothing to save."""
+    children = [int(word) for file in Path("/proc/self/task").glob("*/children") for word in file.read_text().split()]
+    if not children:
+        sys.exit(PREEMPTED)
+    for child in children:
+        with suppress(ProcessLookupError):
+            os.kill(child, number)
+
+
+def run(words: list[str]) -> int:
+    """Run torchrun with ``words``; its exit code."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser, run
+
+    torchrun = get_args_parser().parse_args(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *words])
+    try:
+        run(torchrun)
+    except SignalException as request:
+        return 128 + int(request.sigval)
+    except ChildFailedError as failure:
+        # The process that failed first has said why; torchrun then ended the others.
+        _, first = failure.get_first_failure()
+        # Asked to stop before it could listen: nothing was done that a checkpoint could hold.
+        if -first.exitcode in SIGNALS:
+            return PREEMPTED
+        return int(first.exitcode) if first.exitcode > 0 else 128 - int(first.exitcode)
+    return 0
+
+
+def newest_checkpoint(words: list[str]) -> str:
+    """Name of the newest checkpoint of the run that ``words`` describe, or ``none``."""
+    from mtunet_dist.checkpoint import by_age
+    from mtunet_dist.config import load_config
+
+    if "mtunet_dist.train" not in words:
+        return "none"
+    config, *overrides = words[words.index("mtunet_dist.train") + 1 :]
+    try:
+        files = by_age(Path(load_config(config, overrides).run_dir) / "checkpoints")
+    except InputError:
+        return "none"
+    return files[0].name if files else "none"
+
+
+def main() -> None:
+    """The command line."""
+    for number in SIGNALS:
+        signal.signal(number, pass_on)
+    words = sys.argv[1:]
+    try:
+        code = run(words)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    exit_file = os.environ.get("MTUNET_EXIT_FILE")
+    if exit_file and os.environ.get("SLURM_NODEID", "0") == "0":
+        Path(exit_file).write_text(f"{code} {newest_checkpoint(words)}\n", encoding="utf-8")
+    sys.exit(0 if exit_file and code == PREEMPTED else code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""The runs under a folder and how far they are: ``python slurm/status.py [FOLDER]``.
+
+Everything is read from the run folders, and from squeue where there is one. A run is queued or running if Slurm says
+so of its job, running also if a process of this machine has its folder; else finished, stopped (with all that it
+reported in a checkpoint, or as its job said at its end), or failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from mtunet_dist.errors import PREEMPTED, InputError, command
+
+INSIDE = {"checkpoints", "tensorboard", "pictures", "slurm", "ray_tune"}  # of a run; no runs are in there
+WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING"}
+
+
+@dataclass(frozen=True)
+class Status:
+    """One run."""
+
+    folder: Path
+    state: str  # queued, running, finished, stopped or failed
+    epoch: float | None  # done
+    epochs: int | None  # asked for
+    metric: str  # the newest figure, with its name
+    job: str
+
+
+def runs(root: Path) -> Iterator[Path]:
+    """The run folders under ``root``, by name: those that a training or a submission has begun."""
+    for folder, names, files in os.walk(root):
+        path = Path(folder)
+        if "environment.json" in files or any((path / "slurm").glob("*.json")):
+            yield path
+        names[:] = sorted(set(names) - INSIDE)
+
+
+def status_of(folder: Path, queue: Mapping[str, str], locked: set[int]) -> Status:
+    """How far a run is; ``queue`` has the states of Slurm's jobs, ``locked`` the inodes of files that are in use."""
+    job = job_of(folder)
+    config = _yaml(folder / "config.yaml")
+    records = _records(folder / "metrics.jsonl")
+    last = records[-1] if records else {}
+    epoch, epochs = last.get("epoch"), config.get("epochs")
+    steps = [int(m[1]) for p in (folder / "checkpoints").glob("step_*.pt") if (m := re.search(r"_(\d+)\.pt", p.name))]
+    saved = bool(steps) and max(steps) >= last.get("step", 0)
+    lock = folder / "lock"
+    if job in queue:
+        state = "queued" if queue[job] in WAITING else "running"
+    elif lock.exists() and lock.stat().st_ino in locked:
+        state = "running"
+    elif saved and epochs is not None and epoch is not None and epoch >= epochs:
+        state = "finished"
+    else:
+        code = _exit_code(folder / "slurm" / f"job-{job}.exit")
+        stopped = code == PREEMPTED if code is not None else saved or not records
+        state = "stopped" if stopped else "failed"
+    return Status(folder, state, epoch, epochs, newest_figure(records, config), job)
+
+
+def job_of(folder: Path) -> str:
+    """The number of the Slurm job that ran last in the folder, or that is to run there; empty if there was none."""
+    submissions = sorted((folder / "slurm").glob("*.json"), key=lambda p: int(p.stem))
+    submitted = _json(submissions[-1]) if submissions else {}
+    ran = _json(folder / "environment.json")
+    if ran.get("slurm_job") and ran["started"] >= submitted.get("started", ""):
+        return str(ran["slurm_job"])
+    return str(submitted["jobs"][0]) if submitted else ""
+
+
+def newest_figure(records: list[dict[str, Any]], config: Mapping[str, Any]) -> str:
+    """The metric that decides which model is the best, from the newest evaluation; before that, the loss."""
+    best = config.get("checkpoint", {}).get("best", "")
+    for name, kind in ((best, "eval"), ("loss/total", "train")):
+        for record in reversed(records):
+            if record["kind"] == kind and name in record:
+                value = record[name]
+                return f"{name} {math.nan if value is None else value:.4g}"
+    return ""
+
+
+def queued_jobs() -> dict[str, str]:
+    """The state of each job of this user that waits or runs; nothing where there is no Slurm."""
+    try:
+        done = subprocess.run(["squeue", "-h", "--me", "-o", "%A|%T"], capture_output=True, text=True, timeout=60)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return {}
+    pairs = (line.partition("|") for line in done.stdout.splitlines())
+    return {job: state for job, _, state in pairs}
+
+
+def locked_files() -> set[int]:
+    """Inodes of the files that processes of this machine have locked."""
+    lines = Path("/proc/locks").read_text(encoding="utf-8").splitlines() if Path("/proc/locks").exists() else []
+    return {int(line.split()[-3].split(":")[-1]) for line in lines if "FLOCK" in line and "->" not in line}
+
+
+def _records(file: Path) -> list[dict[str, Any]]:
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:  # cut short by a kill
+            continue
+    return records
+
+
+def _json(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
+
+
+def _yaml(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
+
+
+def _exit_code(file: Path) -> int | None:
+    words = file.read_text(encoding="utf-8").split() if file.is_file() else []
+    return int(words[0]) if words else None
+
+
+def table(statuses: list[Status]) -> Table:
+    """For the terminal."""
+    drawn = Table()
+    for heading in ("run", "state", "epoch", "newest", "job"):
+        drawn.add_column(heading, overflow="fold")
+    for status in statuses:
+        epoch = "" if status.epoch is None else f"{status.epoch:.4g}"
+        whole = "" if status.epochs is None else f"/{status.epochs}"
+        drawn.add_row(str(status.folder), status.state, epoch + whole, status.metric, status.job)
+    return drawn
+
+
+@command
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="default: runs")
+    folder: Path = parser.parse_args().folder
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder")
+    queue, locked = queued_jobs(), locked_files()
+    console = Console()
+    console.print(table([status_of(run, queue, locked) for run in runs(folder)]), markup=False)
+
+
+if __name__ == "__main__":
+    main()

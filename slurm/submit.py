@@ -1,0 +1,263 @@
+"""Submit to Slurm: ``python slurm/submit.py train|sweep|reproduce CONFIG [key=value...] --nodes=2 --time=24:00:00``.
+
+Everything is checked before the queue does. The script that runs is one of this folder with the options in its head;
+it lies, with the whole config and the state of the code, in RUN_DIR/slurm, as do the logs. Options are the fields of
+``Options`` in job_script.py; ``--profile`` names a YAML file with those that are the same for all jobs on a cluster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from job_script import Job, Options, render
+from mtunet_dist.config import Config, load_as, load_config, to_yaml
+from mtunet_dist.data.order import TrainOrder
+from mtunet_dist.data.prepared import PreparedDataset
+from mtunet_dist.errors import InputError, MTUNetError, closest, command
+from mtunet_dist.environment import environment
+
+HOME = Path(__file__).resolve().parents[1]
+TIME = re.compile(r"(\d+-)?\d+(:\d+){1,2}|\d+-\d+")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a verb makes of its words."""
+
+    folder: Path  # the run folder
+    config: str  # text of the file that the job reads, where it is to read the state of now
+    words: tuple[str, ...]  # behind that file
+    members: tuple[tuple[str, ...], ...] = ()
+    template: str = "train.sbatch"
+    variables: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def train_work(words: Sequence[str], options: Options) -> Work:
+    """A training, or an array of them. Raises InputError if any of them cannot be."""
+    config = load_config(words[0], words[1:])
+    folder = Path(config.run_dir)
+    members = array(options)
+    named = [(*member, f"run_dir={folder / name}") for member, name in zip(members, folder_names(members), strict=True)]
+    for member in named or [()]:
+        check_training(load_config(words[0], [*words[1:], *member]), options)
+    return Work(folder, to_yaml(config), (), tuple(named))
+
+
+def check_training(config: Config, options: Options) -> None:
+    """Refuse what would fail in the job."""
+    if options.gpus and config.device == "cpu":
+        raise InputError(f"device=cpu, but gpus={options.gpus}")
+    if not options.gpus and config.device == "cuda":
+        raise InputError("device=cuda needs --gpus=N")
+    ranks = options.nodes * (options.gpus or options.processes)
+    if not options.container_image:  # where the data may lie elsewhere
+        dataset = PreparedDataset(Path(config.data.root))
+        split = dataset.split(config.data.train)
+        dataset.split(config.data.eval)
+        sizes = {"batch_size": config.batch_size, "accumulate": config.optim.accumulate}
+        TrainOrder(len(split), **sizes, rank=0, world_size=ranks)
+
+
+def array(options: Options) -> list[tuple[str, ...]]:
+    """The overrides of each member: seeds times grid. None for a job that is no array."""
+    axes = [[f"seed={seed}" for seed in options.seeds]] if options.seeds else []
+    for word in options.grid:
+        key, equals, text = word.partition("=")
+        values = yaml.safe_load(text) if equals else None
+        if not key or not isinstance(values, list) or not values:
+            raise InputError(f"grid: '{word}' is not of the form key=[value,value]")
+        axes.append([f"{key}={value if isinstance(value, str) else json.dumps(value)}" for value in values])
+    return list(itertools.product(*axes)) if axes else []
+
+
+def folder_names(members: Sequence[tuple[str, ...]]) -> list[str]:
+    """A name for each, from its overrides, without what a path could not bear."""
+    names = [re.sub(r"[^\w.=,+-]", "_", ",".join(member)) for member in members]
+    return names if len(set(names)) == len(names) else [f"{i},{name}" for i, name in enumerate(names)]
+
+
+def sweep_work(words: Sequence[str], options: Options) -> Work:
+    """A sweep. Raises InputError as tune/sweep.py does."""
+    sys.path.append(str(HOME / "tune"))  # a script beside others
+    from sweep_config import check_trials, find_config, load_sweep
+
+    sweep = load_sweep(Path(words[0]), words[1:])
+    base = find_config(sweep, Path(words[0]))
+    check_trials(sweep, base)
+    if sweep.gpus_per_trial > options.gpus:
+        raise InputError(f"gpus_per_trial={sweep.gpus_per_trial} needs --gpus of at least that many per node")
+    if options.cpus and sweep.cpus_per_trial > options.cpus:
+        raise InputError(f"cpus_per_trial={sweep.cpus_per_trial}, but a node of this job has cpus={options.cpus}")
+    here = dataclasses.replace(sweep, config=str(base.resolve()))
+    return Work(sweep.dir, to_yaml(here), (), template="sweep.sbatch")
+
+
+def reproduce_work(words: Sequence[str], options: Options) -> Work:
+    """A table of a paper; what the words mean is for mtunet_dist.reproduce to say. One process on one node."""
+    if options.nodes > 1:
+        raise InputError(f"nodes={options.nodes}: reproduce runs on one node")
+    folder = Path("runs") / folder_names([("reproduce", *words[:1])])[0]
+    return Work(folder, "", tuple(words), variables={"MTUNET_MODULE": "mtunet_dist.reproduce"})
+
+
+VERBS: dict[str, Callable[[Sequence[str], Options], Work]] = {
+    "train": train_work,
+    "sweep": sweep_work,
+    "reproduce": reproduce_work,
+}
+
+
+def parse(words: Sequence[str]) -> tuple[argparse.Namespace, Options, list[str]]:
+    """The command line: ours, the job's options, and the words of the verb."""
+    kinds = get_type_hints(Options)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("verb", choices=VERBS)
+    parser.add_argument("--profile", type=Path, metavar="CLUSTER.yaml", help="options for all jobs on a cluster")
+    parser.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
+    parser.add_argument("--local", action="store_true", help="run the same script here, without Slurm")
+    for name, kind in kinds.items():
+        flag = "--" + name.replace("_", "-")
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
+        elif kind in (int, str):
+            parser.add_argument(flag)
+        else:
+            help_ = "A,B,C" if name == "seeds" else "once for each"
+            parser.add_argument(flag, action="append", help=help_)
+    args, rest = parser.parse_known_intermixed_args(words)
+    unknown = [word.partition("=")[0] for word in rest if word.startswith("--")]
+    if unknown and args.verb != "reproduce":
+        valid = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+        raise InputError(
+            f"unknown option {unknown[0]}.{closest(unknown[0], valid)} Available: {', '.join(sorted(valid))}"
+        )
+    if not rest:
+        raise InputError(f"{args.verb} needs a {'TABLE' if args.verb == 'reproduce' else 'CONFIG'}")
+    return args, options_of(args, kinds), rest
+
+
+def options_of(args: argparse.Namespace, kinds: dict[str, Any]) -> Options:
+    """The profile's options under those of the command line. Raises InputError that names what is wrong."""
+    overrides = []
+    for name in kinds:
+        value = getattr(args, name)
+        if isinstance(value, list):
+            items = ",".join(value).split(",") if name == "seeds" else value
+            value = json.dumps([int(i) if name == "seeds" and i.strip().lstrip("-").isdigit() else i for i in items])
+        if value is not None:
+            overrides.append(f"{name}={str(value).lower() if isinstance(value, bool) else value}")
+    options = load_as(Options, args.profile or {}, overrides)
+    for name, least in {
+        "nodes": 1,
+        "gpus": 0,
+        "cpus": 0,
+        "processes": 1,
+        "signal_s": 1,
+        "chain": 1,
+        "at_once": 0,
+    }.items():
+        if getattr(options, name) < least:
+            raise InputError(f"{name}={getattr(options, name)} must be at least {least}")
+    if options.time and not TIME.fullmatch(options.time):
+        raise InputError(f"time={options.time} must be HH:MM:SS or D-HH:MM:SS; in a profile write it in quotes")
+    if options.chain > 1 and (options.seeds or options.grid):
+        raise InputError("chain is for one training, seeds and grid are for arrays")
+    if args.local and (options.nodes > 1 or options.container_image):
+        raise InputError("--local is for one node without a container")
+    return options
+
+
+def write(work: Work, options: Options) -> tuple[Path, str]:
+    """Put script and config into the run folder; returns the script and its text."""
+    folder = work.folder.resolve() / "slurm"
+    folder.mkdir(parents=True, exist_ok=True)
+    number = next(n for n in itertools.count(1) if not (folder / f"{n}.sbatch").exists())
+    words = work.words
+    if work.config:
+        (folder / f"{number}.yaml").write_text(work.config, encoding="utf-8")
+        words = (str(folder / f"{number}.yaml"), *words)
+    own = "python" if options.setup or options.container_image else sys.executable
+    job = Job(
+        template=(HOME / "slurm" / work.template).read_text(encoding="utf-8"),
+        options=dataclasses.replace(options, name=options.name or work.folder.resolve().name),
+        home=HOME,
+        folder=Path.cwd(),
+        log=folder / "job-%j.log",
+        python=options.python or own,
+        words=words,
+        members=work.members,
+        variables=work.variables,
+        origin=f"Submission {number} of {work.folder}; code {environment()['git'] or 'outside git'}",
+    )
+    script = folder / f"{number}.sbatch"
+    text = render(job)
+    script.write_text(text, encoding="utf-8")
+    return script, text
+
+
+def submit(script: Path, options: Options) -> list[str]:
+    """Hand the script to sbatch, ``chain`` times; the job ids. Raises MTUNetError with what sbatch says."""
+    jobs: list[str] = []
+    for _ in range(options.chain):
+        after = [f"--dependency=afternotok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
+        try:
+            done = subprocess.run(["sbatch", "--parsable", *after, str(script)], capture_output=True, text=True)
+        except FileNotFoundError:
+            raise InputError("there is no sbatch here; --local runs the job on this machine") from None
+        if done.returncode:
+            raise MTUNetError(f"sbatch refuses {script}: {' '.join(done.stderr.split())}")
+        jobs.append(done.stdout.strip().partition(";")[0])
+    record = {**environment(), "jobs": jobs, "options": dataclasses.asdict(options)}
+    script.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return jobs
+
+
+def run_here(script: Path, members: int) -> int:
+    """Run the script on this machine; an array's members one after another, up to the first that fails."""
+    for member in range(members or 1):
+        environment = {**os.environ, **({"SLURM_ARRAY_TASK_ID": str(member)} if members else {})}
+        code = subprocess.call(["bash", str(HOME / "slurm" / "local.sh"), str(script)], env=environment)
+        if code:
+            return code
+    return 0
+
+
+@command
+def main() -> None:
+    """The command line."""
+    args, options, words = parse(sys.argv[1:])
+    if args.local and args.verb == "sweep":
+        raise InputError("--local: python tune/sweep.py is a sweep on this machine")
+    work = VERBS[args.verb](words, options)
+    script, text = write(work, options)
+    if args.dry_run:
+        print(text, end="")
+        print(f"written to {script}, not submitted", file=sys.stderr)
+    elif args.local:
+        sys.exit(run_here(script, len(work.members)))
+    else:
+        jobs = submit(script, options)
+        log = script.parent / f"job-{jobs[0] if not work.members else '*'}.log"
+        print(f"job {', '.join(jobs)}; script {script}")
+        print(f"follow: tail -F {log}")
+        print(f"state:  python slurm/status.py {work.folder}; squeue -j {','.join(jobs)}")
+        print(f"end it: scancel {' '.join(jobs)}")
+
+
+if __name__ == "__main__":
+    main()
