@@ -26,8 +26,8 @@ from job_script import Job, Options, render
 from mtunet_dist.config import Config, load_as, load_config, to_yaml
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
-from mtunet_dist.errors import InputError, MTUNetError, closest, command
 from mtunet_dist.environment import environment
+from mtunet_dist.errors import InputError, MTUNetError, closest, command
 
 HOME = Path(__file__).resolve().parents[1]
 TIME = re.compile(r"(\d+-)?\d+(:\d+){1,2}|\d+-\d+")
