@@ -8,7 +8,6 @@ zip archive whose entries carry CRC-32s, which are checked before anything is lo
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import shutil
 import warnings
@@ -55,12 +54,13 @@ def save(folder: Path, state: State, *, keep: int, best: bool) -> Path:
         cause = error if isinstance(error, OSError) else error.__context__
         reason = cause.strerror if isinstance(cause, OSError) else error
         raise MTUNetError(f"cannot save checkpoint {path}: {reason}") from error
-    for half_written in folder.glob("*.tmp"):  # by a process that was killed
-        half_written.unlink()
-    newest_first = by_age(folder)
-    this = newest_first.index(path)
-    for other in newest_first[:this] + newest_first[this + keep :]:
-        other.unlink()
+    with suppress(OSError):  # the checkpoint is there; what could not be removed is tried again with the next
+        for half_written in folder.glob("*.tmp"):  # by a process that was killed
+            half_written.unlink()
+        newest_first = by_age(folder)
+        this = newest_first.index(path)
+        for other in newest_first[:this] + newest_first[this + keep :]:
+            other.unlink()
     return path
 
 
@@ -82,13 +82,18 @@ def by_age(folder: Path) -> list[Path]:
 
 
 def check(path: Path) -> None:
-    """Raise InputError, which names it, if a checkpoint is missing or not, byte for byte, what was written."""
+    """Raise InputError, which names it, if a checkpoint is missing or not, byte for byte, what was written.
+
+    One that cannot be read for another reason (rights, a network disk) is a MTUNetError: it may be whole.
+    """
     if not path.is_file():
         raise InputError(f"checkpoint {path} does not exist")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (OSError, EOFError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+    except OSError as error:
+        raise MTUNetError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # what zipfile makes of damaged bytes is of many kinds
         raise InputError(f"checkpoint {path} is damaged: {error}") from None
     if damaged is not None:
         raise InputError(f"checkpoint {path} is damaged: wrong checksum of {damaged}")
@@ -98,8 +103,8 @@ def load(path: Path) -> State:
     """Read a checkpoint that ``check`` passes onto the CPU. Raises InputError that names a damaged or foreign file."""
     try:
         state: State = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise InputError(f"checkpoint {path} is damaged: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # likewise
+        raise InputError(f"checkpoint {path} is damaged: {(str(error) or repr(error)).splitlines()[0]}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path} is not a checkpoint of this program (format {FORMAT})")
     return state

@@ -1,7 +1,7 @@
 """Weights for other programs: ``python -m mtunet_dist.export RUN_OR_CHECKPOINT --out FILE.safetensors``.
 
-A safetensors file of the network's parameters and batch-norm statistics, float32, contiguous, under the names of its
-``state_dict``; its metadata, all text, say how to use them: ``config`` (YAML), ``dataset`` (JSON: classes, depth),
+A safetensors file of the network's ``state_dict``, contiguous, parameters and batch-norm statistics in float32; its
+metadata, all text, say how to use them: ``config`` (YAML), ``dataset`` (JSON: classes, depth),
 ``image_mean`` and ``image_std`` (JSON: subtract, divide; of RGB 0..255), ``step``.
 """
 
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mtunet_dist import checkpoint
@@ -37,8 +39,10 @@ def export(state: checkpoint.State, out: Path) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(weights, temporary, metadata)
         temporary.replace(out)
-    except OSError as error:
-        raise InputError(f"--out={out} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise InputError(f"--out={out} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     return sum(value.numel() for value in weights.values())
 
 

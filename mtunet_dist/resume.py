@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from mtunet_dist.errors import InputError, MTUNetError
 from mtunet_dist.folder_lock import lock_folder
 from mtunet_dist.run import Run, build
 
-# What may differ between a checkpoint and the run that continues it: none of it changes what is learned beyond
-# rounding (loader, cache and device may differ by one level of RGB), or (epochs, on_error) the user means it to.
+# What may differ between a checkpoint and the run that continues it: it does not change what is learned beyond rounding
+# (loader, cache and device: one level of RGB; strategy.compress: eight bits of a gradient), or, as epochs and on_error,
+# the user means it to.
 MAY_CHANGE = (
     "run_dir",
     "data.root",
@@ -154,17 +156,20 @@ def _check_same_training(run: Run, state: checkpoint.State) -> None:
     where = f"{run.dir} holds a checkpoint"
     if state["fingerprint"] != run.train_split.fingerprint:
         raise InputError(f"{where} trained on other data than {run.config.data.root}; choose another run_dir")
-    before = flat(config_from_text(state["config"]))
-    now = flat(run.config)
-    changed = [
-        f"{key}={before.get(key)} (now {now.get(key)})"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(key == k or key.startswith(k + ".") for k in MAY_CHANGE)
-    ]
-    if changed:
+    if changed := changed_settings(config_from_text(state["config"]), run.config, MAY_CHANGE):
         raise InputError(f"{where} trained with {', '.join(changed)}; choose another run_dir")
     if state["step"] > run.total_steps:
         raise InputError(f"{where} of step {state['step']}, beyond epochs={run.config.epochs}")
+
+
+def changed_settings(before: Config, now: Config, may_change: Collection[str]) -> list[str]:
+    """What differs between two configs, as ``optim.lr=0.1 (now 0.2)``, but for keys and sections that may."""
+    old, new = flat(before), flat(now)
+    return [
+        f"{key}={old.get(key)} (now {new.get(key)})"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not any(key == k or key.startswith(f"{k}.") for k in may_change)
+    ]
 
 
 def _rank_state(run: Run) -> dict[str, Any]:

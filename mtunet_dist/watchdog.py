@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -18,21 +19,23 @@ DUMP_S = 2.0  # that a rank waits after its dump: the end of the first makes tor
 
 class Watchdog:
     """While entered, a process that does not call ``beat`` for ``limit_s`` seconds writes the stacks of all its threads
-    to ``folder/rank_N.txt`` and ends with exit code ``HUNG``.
+    to ``folder/rank_N.txt`` and ends with exit code ``HUNG``. With ``patient_start`` it may take any time to the first.
 
     Where one rank hangs, all soon wait for it, so all write theirs; one that is stopped or gone writes none. torchrun
     then ends what is left, and starts anew if it was given ``--max-restarts``.
     """
 
-    def __init__(self, folder: Path, limit_s: float) -> None:
-        self.folder, self.limit_s = folder, limit_s
+    def __init__(self, folder: Path, limit_s: float, *, patient_start: bool = False) -> None:
+        self.limit_s, self.patient_start = limit_s, patient_start
         self.rank = distributed.rank()
-        self.last_beat = time.monotonic()
+        self.file = folder / f"rank_{self.rank}.txt"
+        self.beats = 0
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        self.beat()
+        with suppress(OSError):
+            self.file.unlink(missing_ok=True)  # of a hang before
         self._thread.start()
         return self
 
@@ -44,27 +47,29 @@ class Watchdog:
 
     def beat(self) -> None:
         """The process has moved on."""
-        self.last_beat = time.monotonic()
+        self.beats += 1
 
     def _watch(self) -> None:
-        while not self._end.wait(self.last_beat + self.limit_s - time.monotonic()):
-            # A process that was itself stopped (SIGSTOP, a suspended machine) gets the time to move again.
-            seen, woken = self.last_beat, time.monotonic()
-            if woken - seen < self.limit_s or self._end.wait(min(1.0, self.limit_s)) or self.last_beat != seen:
-                continue
-            self._give_up()
+        tick = min(1.0, self.limit_s / 4)
+        seen, still = 0, 0.0
+        # Ticks are counted, not the clock: while the process is suspended, which is no fault of its, there are none.
+        while not self._end.wait(tick):
+            still += tick
+            if self.beats != seen or (self.patient_start and not self.beats):
+                seen, still = self.beats, 0.0
+            if still >= self.limit_s:
+                self._give_up()
 
     def _give_up(self) -> None:
-        path = self.folder / f"rank_{self.rank}.txt"
         print(
-            f"error: rank {self.rank} has not moved for {self.limit_s:g} s (timeout_s); where its threads are is in "
-            f"{path}, and so for the other ranks. One without such a file was stopped or lost",
+            f"error: rank {self.rank} has not moved for {self.limit_s:g} s (timeout_s); the stacks of its threads are "
+            f"in {self.file}, those of other ranks beside it; a rank without such a file was itself stopped or lost",
             file=sys.stderr,
             flush=True,
         )
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with path.open("w") as file:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("w") as file:
                 faulthandler.dump_traceback(file)
         except OSError:
             faulthandler.dump_traceback()

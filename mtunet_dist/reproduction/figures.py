@@ -109,6 +109,7 @@ def weights(trainings: Sequence[Training], split: Split) -> np.ndarray:
 
 
 def _load(training: Training) -> MultiTaskStep:
+    checkpoint.check(training.checkpoint)
     return load_step(checkpoint.load(training.checkpoint), training.config, CPU)
 
 

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 
 from mtunet_dist import checkpoint
-from mtunet_dist.config import Config, flat, load_config, save_config
+from mtunet_dist.config import Config, load_config, save_config
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError
 from mtunet_dist.multitask import build_step, check_model
 from mtunet_dist.reproduction.budgets import Budget
 from mtunet_dist.reproduction.experiments import DATASETS, SYSTEMS, Splits, Target
-from mtunet_dist.resume import MAY_CHANGE
+from mtunet_dist.resume import MAY_CHANGE, changed_settings
 
 OURS = ("run_dir", "seed", "data.root", "data.train", "data.eval", "tasks", "model.name", "weighting.name")
 # What may differ between a finished training and what is asked for now: not these, they change what it measures.
-MAY_DIFFER = set(MAY_CHANGE) - {"data.root", "data.eval", "epochs", "eval_batch_size"}
+MAY_DIFFER = set(MAY_CHANGE) - {"data.root", "data.eval", "epochs", "eval_batch_size", "strategy"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,10 @@ class Training:
         if not self.checkpoint.is_file():
             return None
         found = [r for r in self.records("eval") if r["step"] == self.total_steps]
-        return {key: float("nan") if v is None else v for key, v in found[-1].items()} if found else None
+        if not found:  # the disk was full for a while, and on_write_error=continue
+            saved: dict[str, float] = checkpoint.load(self.checkpoint)["metrics"]
+            return saved
+        return {key: float("nan") if v is None else v for key, v in found[-1].items()}
 
     @property
     def minutes(self) -> float:
@@ -176,13 +179,7 @@ def _check_folder(training: Training) -> None:
     file = training.dir / "config.yaml"
     if not file.is_file():
         return
-    before, now = flat(load_config(file)), flat(training.config)
-    changed = [
-        f"{key}={before.get(key)} (now {now.get(key)})"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(key == k or key.startswith(f"{k}.") for k in MAY_DIFFER)
-    ]
-    if changed:
+    if changed := changed_settings(load_config(file), training.config, MAY_DIFFER):
         raise InputError(f"{training.dir} holds a run with {', '.join(changed)}; choose another --out, or remove it")
 
 
