@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from contextlib import suppress
@@ -39,6 +40,7 @@ from network import Endpoint
 # torchrun's own list lacks the last two, and it dies of them.
 PASSED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 FINAL = (2, PREEMPTED)  # exit codes of what another try would not change: the user's error, and a request to stop
+SAVING_S = 120  # that processes have to write a checkpoint once they are asked to stop
 PATIENCE_S = 600  # that nodes wait for one another
 PARTING_S = 30.0  # that the head, which serves the rendezvous, waits for the others once a job has failed
 
@@ -83,6 +85,12 @@ class Agent(LocalElasticAgent):
             )
         return result
 
+    @property
+    def killed(self) -> bool:
+        """Whether a process had to be killed."""
+        handlers = getattr(self._pcontext, "subprocess_handlers", {}).values()
+        return any(handler.proc.returncode == -signal.SIGKILL for handler in handlers)
+
     def part(self, *, is_host: bool) -> None:
         """Sign off with the other nodes; the host stays until all have, or its end would be an error to them."""
         group: Any = self.get_worker_group()  # torch annotates it as if nothing ever came of a rendezvous
@@ -116,13 +124,17 @@ def run(job: Job) -> int:
         max_restarts=job.max_restarts,
         local_addr=job.address,
     )
-    agent = Agent(spec, DefaultLogsSpecs())
+    agent = Agent(spec, DefaultLogsSpecs(), shutdown_timeout=SAVING_S)
     try:
         result = agent.run()
     except SignalException as request:
-        # It went on to the processes, which had half a minute to write a checkpoint.
+        # It went on to the processes, which had SAVING_S to write a checkpoint.
         agent.part(is_host=job.is_host)
-        return PREEMPTED if request.sigval in SIGNALS else 128 + request.sigval
+        if request.sigval in SIGNALS and not agent.killed:
+            return PREEMPTED
+        if agent.killed:
+            print(f"error: a process did not stop within {SAVING_S} s and was killed", file=sys.stderr, flush=True)
+        return 128 + int(request.sigval)
     except (RendezvousError, DistError) as error:
         handler.shutdown()
         agent.part(is_host=job.is_host)

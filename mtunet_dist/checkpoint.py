@@ -7,6 +7,7 @@ zip archive whose entries carry CRC-32s, which are checked before anything is lo
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -91,9 +92,9 @@ def check(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except OSError as error:
-        raise MTUNetError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # what zipfile makes of damaged bytes is of many kinds
+    except Exception as error:  # damaged bytes make it raise anything, EINVAL where it seeks before the start
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise MTUNetError(f"checkpoint {path} cannot be read: {error.strerror}") from error
         raise InputError(f"checkpoint {path} is damaged: {error}") from None
     if damaged is not None:
         raise InputError(f"checkpoint {path} is damaged: wrong checksum of {damaged}")

@@ -82,12 +82,14 @@ def save(run: Run, *, best: bool, wait: bool) -> None:
             "ranks": ranks,
             "best": {**_best_of(run.config), "value": run.best},
             "metrics": run.metrics,
+            "evaluated": run.evaluated,
             "config": to_yaml(run.config),
             "dataset": json.dumps(dataclasses.asdict(run.dataset.info)),
             "fingerprint": run.train_split.fingerprint,
             "environment": environments.fingerprint(),
         }
         run.writer.submit(state, best=best)
+    run.best_submitted = run.best
     if wait:
         distributed.decide(run.writer.wait)
 
@@ -98,15 +100,20 @@ def check_written(run: Run) -> None:
     Raises MTUNetError, on all ranks alike, if it could not be written; with ``on_write_error=continue`` only warns.
     """
 
-    def wait() -> None:
+    def written() -> bool:
         try:
             run.writer.wait()
         except MTUNetError as error:
             if run.config.on_write_error == "stop":
                 raise
             warnings.warn(f"{error}; training goes on, as on_write_error=continue", stacklevel=2)
+            return False
+        return True
 
-    distributed.decide(wait)
+    if distributed.decide(written):
+        run.best_written = run.best_submitted
+    elif run.best == run.best_submitted:
+        run.best = run.best_submitted = run.best_written  # so that the next good one becomes best.pt
 
 
 def _claim(run: Run) -> None:
@@ -142,8 +149,9 @@ def _restore(run: Run) -> None:
     _restore_rank(run, state["ranks"])
     run.step = state["step"]
     run.metrics = state["metrics"]
+    run.evaluated = state["evaluated"]
     if {**state["best"], **_best_of(run.config)} == state["best"]:
-        run.best = state["best"]["value"]
+        run.best = run.best_written = run.best_submitted = state["best"]["value"]
 
 
 def _best_of(config: Config) -> dict[str, str | int]:

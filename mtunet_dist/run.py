@@ -46,6 +46,9 @@ class Run:
     # How far the run is.
     step: int = 0  # optimiser steps done
     best: float | None = None  # value of the metric checkpoint.best on the split data.eval
+    best_written: float | None = None  # the same, as far as it is known to be on disk
+    best_submitted: float | None = None  # the same, in the checkpoint that is being written
+    evaluated: int = 0  # the step of the newest evaluation
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the newest evaluation
 
     @property
@@ -65,8 +68,16 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do."""
-        return self.step == self.total_steps
+        """Whether all steps are done, and the last evaluation."""
+        return self.step == self.total_steps and self.evaluated == self.step
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the step just done, or the one that a run was stopped after, asks for an evaluation."""
+        epoch, step_in_epoch = divmod(self.step, self.order.steps_per_epoch)
+        every = self.config.eval_every_epochs
+        wanted = self.step == self.total_steps or (every > 0 and epoch % every == 0)
+        return step_in_epoch == 0 and wanted and self.evaluated < self.step
 
     def close(self) -> None:
         """Finish writing, let others have the run folder, and the strategy give back what it took."""

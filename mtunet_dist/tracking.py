@@ -23,6 +23,7 @@ from mtunet_dist import distributed
 from mtunet_dist.errors import MTUNetError
 
 PLAIN_LINE_SECONDS = 10.0
+BOARD_RETRY_SECONDS = 60.0  # between tries to open TensorBoard's file on a full disk; each leaves an empty file
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Tracker:
     """Reports of one process that trains ``total_steps`` steps, ``start_step`` of them done before. Silent off rank 0.
 
     A resumed run drops what metrics.jsonl and TensorBoard hold beyond ``start_step``: those steps come again. When the
-    disk is full or read-only, every call raises MTUNetError, or, with ``on_write_error="continue"``, says so and leaves
-    out what cannot be written.
+    disk is full or read-only it leaves out what cannot be written, and says so, or with ``on_write_error="stop"`` keeps
+    the ``error`` for ``check`` to raise: all ranks must hear of it, not only the one that writes.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Tracker:
     ) -> None:
         self.main = distributed.is_main()
         self.on_write_error = on_write_error
+        self.error: MTUNetError | None = None
         self.start_step, self.total_steps = start_step, total_steps
         self.steps_per_epoch, self.batch_size = steps_per_epoch, batch_size
         self.begin = self.last_time = time.perf_counter()
@@ -70,7 +72,9 @@ class Tracker:
         self.board: SummaryWriter | None = None
         with self._writing(self.metrics_file):
             _drop_records_after(self.metrics_file, start_step)
-        self._with_board(SummaryWriter.flush, purge_step=start_step + 1 if start_step else None)
+        self.purge_step = start_step + 1 if start_step else None
+        self.board_closed_until = -math.inf
+        self._with_board(SummaryWriter.flush)
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -145,6 +149,11 @@ class Tracker:
         if self.main:
             self._with_board(SummaryWriter.flush)
 
+    def check(self) -> None:
+        """Raise MTUNetError if something could not be written."""
+        if self.error is not None:
+            raise self.error
+
     def close(self) -> None:
         """Write out everything and end the progress bar."""
         if not self.main:
@@ -171,15 +180,20 @@ class Tracker:
 
         self._with_board(add)
 
-    def _with_board(self, use: Callable[[SummaryWriter], object], purge_step: int | None = None) -> None:
-        """``use`` TensorBoard's writer. One that failed once fails for ever, so the next call opens another."""
+    def _with_board(self, use: Callable[[SummaryWriter], object]) -> None:
+        """``use`` TensorBoard's writer. One that failed once fails for ever, so a later call opens another."""
         folder = self.run_dir / "tensorboard"
+        if time.monotonic() < self.board_closed_until:
+            return
         with self._writing(folder):
             try:
-                self.board = self.board or SummaryWriter(str(folder), purge_step=purge_step)
+                if self.board is None:
+                    self.board = SummaryWriter(str(folder), purge_step=self.purge_step)
+                    self.purge_step = None
                 use(self.board)
             except OSError:
                 self.board = None
+                self.board_closed_until = time.monotonic() + BOARD_RETRY_SECONDS
                 raise
 
     @contextmanager
@@ -190,8 +204,9 @@ class Tracker:
         except OSError as error:
             message = f"cannot write {path}: {error.strerror or error}"
             if self.on_write_error == "stop":
-                raise MTUNetError(message) from error
-            self.say(f"warning: {message}; training goes on, as on_write_error=continue")
+                self.error = self.error or MTUNetError(message)
+            else:
+                self.say(f"warning: {message}; training goes on, as on_write_error=continue")
 
     def _epoch(self, step: int) -> str:
         return f"epoch {step // self.steps_per_epoch + 1}/{self.total_steps // self.steps_per_epoch}"

@@ -27,6 +27,8 @@ from mtunet_dist.run import Run
 from mtunet_dist.tracking import StepReport, Tracker
 from mtunet_dist.watchdog import Watchdog
 
+LEAST_LOSS_SCALE = 1e-3  # where gradients still overflow, they are not finite at any scale
+
 OnEval = Callable[[int, dict[str, float]], None]
 
 
@@ -52,9 +54,10 @@ def train(config: Config, on_eval: OnEval | None = None) -> dict[str, float]:
                 batch_size=config.batch_size,
                 on_write_error=config.on_write_error,
             )
-            watchdog = Watchdog(run.dir / "hang", config.timeout_s)
+            watchdog = Watchdog(run.dir / "hang", config.timeout_s, patient_start=config.compile)
             with closing(tracker), StopRequest() as stop, _no_garbage_collection(), watchdog:
                 _loop(run, tracker, stop, watchdog, on_eval)
+                distributed.decide(tracker.check)
         return run.metrics
 
 
@@ -64,6 +67,9 @@ def _loop(run: Run, tracker: Tracker, stop: StopRequest, watchdog: Watchdog, on_
     window: list[Tensor] = []  # losses and gradient norms of the steps since the last report, on the device
 
     step.train()
+    if run.evaluation_due:  # the run was asked to stop before it
+        best = _evaluate(run, tracker, watchdog, on_eval)
+        resume.save(run, best=best, wait=run.finished)
     while not run.finished:
         lr = optim.lr_at(run.step, config.optim, order.steps_per_epoch, run.total_steps)
         window.append(_optimiser_step(run, batches, lr))
@@ -71,27 +77,26 @@ def _loop(run: Run, tracker: Tracker, stop: StopRequest, watchdog: Watchdog, on_
         watchdog.beat()
 
         epoch, step_in_epoch = divmod(run.step, order.steps_per_epoch)
-        epoch_done, last = step_in_epoch == 0, run.finished
+        epoch_done, last = step_in_epoch == 0, run.step == run.total_steps
         save = epoch_done and epoch % config.checkpoint.every_epochs == 0
         save |= config.checkpoint.every_steps > 0 and run.step % config.checkpoint.every_steps == 0
         if epoch_done:
             step.weighting.end_epoch()
         best = stopping = False
         if epoch_done or save or run.step % config.log.every_steps == 0:  # so nothing non-finite is ever saved
-            report, stopping = _report(run, window, lr, stop)
+            report, stopping = _report(run, window, lr, stop, tracker)
             tracker.steps(run.step, report)
             window.clear()
             gc.collect()
 
         with tracker.paused():
-            if last or (epoch_done and config.eval_every_epochs and epoch % config.eval_every_epochs == 0):
-                best = _evaluate(run, tracker, watchdog)
-                if on_eval is not None:
-                    on_eval(run.step, run.metrics)
+            if run.evaluation_due and not stopping:  # who asks to stop may not wait for so long; it is made up for
+                best = _evaluate(run, tracker, watchdog, on_eval)
             if save or best or last or stopping:
                 tracker.flush()
                 resume.save(run, best=best, wait=last or stopping)
-        if stopping and not last:
+            watchdog.beat()
+        if stopping and not run.finished:
             reason = f"{stop.received.name} received" if stop.received else "another process was asked to stop"
             raise PreemptedError(f"{reason}: stopped after step {run.step}, which is saved; the same command goes on")
 
@@ -110,21 +115,23 @@ def _optimiser_step(run: Run, batches: Iterator[Batch], lr: float) -> Tensor:
     return torch.cat([torch.stack(rows).mean(0), run.strategy.apply(lr)[None]])
 
 
-def _report(run: Run, window: list[Tensor], lr: float, stop: StopRequest) -> tuple[StepReport, bool]:
+def _report(run: Run, window: list[Tensor], lr: float, stop: StopRequest, tracker: Tracker) -> tuple[StepReport, bool]:
     """Bring the figures of the last steps to the host, once, averaged over ranks; and whether any is asked to stop.
 
     Raises NonFiniteLossError, on all ranks alike, that names task, step and epoch; MTUNetError likewise if the newest
-    checkpoint could not be written.
+    checkpoint, or what the tracker had to say, could not be written.
     """
-    flags = window[0].new_tensor([stop.received is not None, run.writer.failed])
+    flags = window[0].new_tensor([stop.received is not None, run.writer.failed, tracker.error is not None])
     total = distributed.all_reduce_sum(torch.cat([flags, *window]).double()).cpu()
-    asked, unwritten = total[:2].tolist()
-    steps = total[2:].view(len(window), -1) / distributed.world_size()
-    if unwritten:
+    asked, unsaved, unsaid = total[:3].tolist()
+    steps = total[3:].view(len(window), -1) / distributed.world_size()
+    if unsaved:
         resume.check_written(run)
+    if unsaid:
+        distributed.decide(tracker.check)
     tasks = [task.name for task in run.module.tasks]
     names = [*(f"loss '{name}'" for name in [*tasks, "total"]), "gradient norm"]
-    if run.config.precision == "fp16":
+    if run.config.precision == "fp16" and run.strategy.loss_scale >= LEAST_LOSS_SCALE:
         names.pop()  # it may overflow: the scaler then leaves out the step and scales less
     for step, row in enumerate(steps.tolist(), start=run.step - len(window) + 1):
         for name, value in zip(names, row, strict=False):
@@ -143,17 +150,19 @@ def _report(run: Run, window: list[Tensor], lr: float, stop: StopRequest) -> tup
     return report, asked > 0
 
 
-def _evaluate(run: Run, tracker: Tracker, watchdog: Watchdog) -> bool:
-    """Evaluate, report, draw; returns whether the model is the best so far."""
+def _evaluate(run: Run, tracker: Tracker, watchdog: Watchdog, on_eval: OnEval | None) -> bool:
+    """Evaluate, report, draw, tell ``on_eval``; returns whether the model is the best so far."""
     distributed.average_statistics(run.module)
     with run.strategy.whole() as module:
         module.eval()
         result = evaluate(module, run.eval_loader, run.device, on_batch=watchdog.beat)
-        run.metrics = result.metrics
+        run.metrics, run.evaluated = result.metrics, run.step
         tracker.evaluation(run.step, result.metrics, result.class_iou)
         if run.picture_batch is not None:
             tracker.picture(run.step, pictures.sheet(module, run.picture_batch))
         module.train()
+    if on_eval is not None:
+        on_eval(run.step, run.metrics)
     name = run.config.checkpoint.best
     value = result.metrics[name]
     sign = 1 if higher_is_better(name) else -1

@@ -14,6 +14,7 @@ from training import MakeConfig, final_state
 
 from mtunet_dist import checkpoint, environment, resume
 from mtunet_dist.errors import InputError, MTUNetError
+from mtunet_dist.evaluate import Evaluation
 from mtunet_dist.train import train
 
 
@@ -25,21 +26,25 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_any_bit_that_is_read_and_flipped_is_noticed(file: Path) -> None:
+    """Here and there among the entries, and all bits of every fifth byte of the directory at the end."""
     whole = file.read_bytes()
     expected = checkpoint.load(file)
+    directory = whole.index(b"PK\x01\x02")
+    flips = [(position, 16) for position in range(0, directory, 37)]
+    flips += [(position, 1 << bit) for position in range(directory, len(whole), 5) for bit in range(8)]
     noticed = 0
-    for position in range(0, len(whole), 37):
-        file.write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :])
+    for position, bit in flips:
+        file.write_bytes(whole[:position] + bytes([whole[position] ^ bit]) + whole[position + 1 :])
         try:
             checkpoint.check(file)
             state = checkpoint.load(file)
         except InputError as error:
             assert str(file) in str(error)
             noticed += 1
-        else:  # padding between the entries
+        else:  # padding between the entries, or what nothing depends on, such as dates
             assert state["step"] == 7
             assert all(torch.equal(state["weights"][key], value) for key, value in expected["weights"].items())
-    assert noticed > len(whole) // 37 // 2
+    assert noticed > len(flips) // 2
 
 
 def test_a_file_cut_short_an_absent_and_a_foreign_one_are_named(file: Path, tmp_path: Path) -> None:
@@ -113,6 +118,26 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_training_unless_told_othe
         with pytest.warns(UserWarning, match="no disk; training goes on, as on_write_error=continue"):
             train(config)
         assert final_state(config.run_dir)["step"] == 6
+
+
+def test_a_best_model_that_could_not_be_written_leaves_room_for_the_next(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, values = checkpoint.save, iter([0.3, 0.9, 0.5, 0.4])
+
+    def fail_once(folder: Path, state: checkpoint.State, **options: Any) -> Path:
+        if state["step"] == 6:
+            raise MTUNetError("cannot save checkpoint: no disk")
+        return save(folder, state, **options)
+
+    monkeypatch.setattr(checkpoint, "save", fail_once)
+    monkeypatch.setattr("mtunet_dist.train.evaluate", lambda *_, **__: Evaluation(5, {"miou": next(values)}, {}))
+    config = make_config("epochs=4", "on_write_error=continue")
+    with pytest.warns(UserWarning, match="no disk"):
+        train(config)
+    best = checkpoint.load(Path(config.run_dir) / "checkpoints" / "best.pt")
+    assert (best["step"], best["best"]["value"]) == (9, 0.5)
+    assert final_state(config.run_dir)["best"]["value"] == 0.5
 
 
 def test_a_resume_with_other_versions_warns_that_bits_may_differ(

@@ -95,13 +95,25 @@ def _train_until_asked(config: Config) -> None:
             train(config)
 
 
-def test_a_request_after_the_last_step_changes_nothing(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("step", [3, 9])
+def test_an_evaluation_that_a_request_came_before_is_made_up_for(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    signal_after(9, 0, signal.SIGTERM, monkeypatch)
-    config = make_config("epochs=4", "log.every_steps=100")
-    assert train(config)
-    assert final_state(config.run_dir)["step"] == 12
+    """At the end of an epoch, and after the last step, as the report before says."""
+    words = ["epochs=4", "log.every_steps=100"]
+    asked, whole = (make_config(*words, f"run_dir={tmp_path / name}") for name in ("asked", "whole"))
+    with monkeypatch.context() as patch:
+        signal_after(step, 0, signal.SIGTERM, patch)
+        with pytest.raises(PreemptedError, match=rf"stopped after step {step + 3}"):
+            train(asked)
+    assert [r["step"] for r in records(asked.run_dir, "eval")] == list(range(3, step + 1, 3))
+    seen: list[int] = []
+    metrics = train(asked, lambda done, _: seen.append(done))
+    assert seen == list(range(step + 3, 13, 3))
+    assert metrics == train(whole)
+    assert_same_state(final_state(asked.run_dir), final_state(whole.run_dir))
+    best = [checkpoint.load(Path(c.run_dir) / "checkpoints" / "best.pt") for c in (asked, whole)]
+    assert_same_state(*best)
 
 
 def test_other_threads_than_the_main_one_leave_the_handlers_alone() -> None:

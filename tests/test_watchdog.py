@@ -19,36 +19,39 @@ from mtunet_dist.watchdog import Watchdog
 def stuck_in_here(seconds):
     time.sleep(seconds)
 
-with Watchdog(Path(sys.argv[1]), 1.0) as watchdog:
-    for _ in range(int(sys.argv[2])):
+with Watchdog(Path(sys.argv[1]), float(sys.argv[2]), patient_start=True) as watchdog:
+    time.sleep(1.5)
+    for _ in range(int(sys.argv[3])):
         watchdog.beat()
         print("beat", flush=True)
-        time.sleep(0.25)
-    stuck_in_here(float(sys.argv[3]))
-time.sleep(1.5)
+        stuck_in_here(1.2)
+    stuck_in_here(float(sys.argv[4]))
+time.sleep(3)
 """
 
 
-def start(folder: Path, beats: int, sleep_s: float) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", SLEEPER, str(folder), str(beats), str(sleep_s)]
+def start(folder: Path, limit_s: float, beats: int, sleep_s: float) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SLEEPER, str(folder), str(limit_s), str(beats), str(sleep_s)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_it_ends_a_process_that_no_longer_moves_and_shows_its_stacks(tmp_path: Path) -> None:
-    process = start(tmp_path / "hang", 2, 600)
+    (tmp_path / "hang").mkdir()
+    (tmp_path / "hang" / "rank_0.txt").write_text("of a hang before")
+    process = start(tmp_path / "hang", 1, 1, 600)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == HUNG
-    assert f"rank 0 has not moved for 1 s (timeout_s); where its threads are is in {tmp_path / 'hang'}" in errors
+    assert f"rank 0 has not moved for 1 s (timeout_s); the stacks of its threads are in {tmp_path / 'hang'}" in errors
     assert "stuck_in_here" in (tmp_path / "hang" / "rank_0.txt").read_text()
 
 
 def test_it_leaves_alone_what_moves_what_has_ended_and_what_was_only_suspended(tmp_path: Path) -> None:
-    process = start(tmp_path, 12, 0)  # 3 s of beats, then 1.5 s after the end
+    process = start(tmp_path, 2.4, 4, 0)  # twice as long as a step; then 3 s after the end
     assert process.stdout
-    for _ in range(3):
+    for _ in range(2):
         process.stdout.readline()
     os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(2)
+    time.sleep(4)
     os.kill(process.pid, signal.SIGCONT)
     assert process.wait(120) == 0
     assert not list(tmp_path.iterdir())

@@ -28,6 +28,10 @@ class Strategy(Protocol):
     def apply(self, lr: float) -> Tensor:
         """Clip, step, forget the gradients; returns their norm before clipping, a scalar on the device."""
 
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by before the backward pass, 1 if not fp16; asking waits for the device."""
+
     def whole(self) -> AbstractContextManager[MultiTaskStep]:
         """A module with all weights and buffers as they are now, to evaluate with; entered on every rank."""
 

@@ -99,6 +99,10 @@ class DDPStrategy:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    @property
+    def loss_scale(self) -> float:
+        return self.scaler.get_scale()
+
     def whole(self) -> AbstractContextManager[MultiTaskStep]:
         return nullcontext(self.module)
 

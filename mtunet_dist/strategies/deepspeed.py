@@ -114,6 +114,10 @@ class DeepSpeedStrategy:
         self.scale.update(overflow=overflow)
         return norm
 
+    @property
+    def loss_scale(self) -> float:
+        return self.scale.value if self.scale.enabled else 1.0
+
     @contextmanager
     def whole(self) -> Iterator[MultiTaskStep]:
         if self.unpartitioned is None:
