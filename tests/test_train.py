@@ -24,6 +24,7 @@ from mtunet_dist.config import Config, load_config
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import NonFiniteLossError
+from mtunet_dist.strategies.ddp import DDPStrategy
 from mtunet_dist.train import _optimiser_step, train
 
 
@@ -174,6 +175,24 @@ def test_a_loss_that_is_not_finite_stops_before_a_save_with_task_step_and_epoch(
         train(config)
     saved = checkpoint.by_age(Path(config.run_dir) / "checkpoints")
     assert [path.name for path in saved] == (["step_00000001.pt"] if more else [])
+
+
+def test_fp16_gradients_that_are_finite_at_no_scale_stop_the_training(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An overflow now and then only leaves out its step; the loss itself stays finite."""
+    backward = DDPStrategy.backward
+
+    def broken(self: DDPStrategy, loss: torch.Tensor) -> None:
+        backward(self, loss)
+        parameter = next(self.module.parameters())
+        assert parameter.grad is not None
+        parameter.grad.fill_(math.nan)
+
+    monkeypatch.setattr(DDPStrategy, "backward", broken)
+    config = make_config("precision=fp16", "epochs=20", "eval_every_epochs=0", "log.every_steps=1")
+    with pytest.raises(NonFiniteLossError, match=r"the gradient norm became nan at step 2\d "):
+        train(config)
 
 
 def test_a_sample_that_cannot_be_decoded_ends_two_processes_with_one_line(
