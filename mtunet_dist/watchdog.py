@@ -22,7 +22,7 @@ class Watchdog:
     to ``folder/rank_N.txt`` and ends with exit code ``HUNG``. With ``patient_start`` it may take any time to the first.
 
     Where one rank hangs, all soon wait for it, so all write theirs; one that is stopped or gone writes none. torchrun
-    then ends what is left, and starts anew if it was given ``--max-restarts``.
+    then ends what is left, and starts anew if it was given ``--max-restarts``; the file is then ``rank_N.before.txt``.
     """
 
     def __init__(self, folder: Path, limit_s: float, *, patient_start: bool = False) -> None:
@@ -34,8 +34,8 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        with suppress(OSError):
-            self.file.unlink(missing_ok=True)  # of a hang before
+        with suppress(OSError):  # of a hang before; torchrun may have started this process because of it
+            self.file.replace(self.file.with_suffix(".before.txt"))
         self._thread.start()
         return self
 

@@ -185,18 +185,33 @@ def test_an_array_of_seeds_under_names_that_a_shell_would_act_upon(site: Site) -
     assert len(jobs) == 3 and job[1] in jobs
 
 
-def test_a_sweep_over_two_nodes_survives_the_end_of_its_script(site: Site) -> None:
+def submit_sweep(site: Site, name: str, rates: list[float], epochs: int, *options: str) -> str:
+    """sbatch a sweep of trainings over two nodes by hand; its job id."""
     sweep = {
-        "name": "tiny",
-        "run_dir": str(site.folder / "sweep"),
+        "name": name,
+        "run_dir": str(site.folder / name),
         "config": "tiny.yaml",
-        "overrides": ["epochs=4", "eval_every_epochs=1"],
-        "space": {"optim.lr": {"grid": [1e-3, 1e-2, 3e-3]}},
+        "overrides": [f"epochs={epochs}", "eval_every_epochs=1"],
+        "space": {"optim.lr": {"grid": rates}},
         "metric": "depth_abs",
     }
-    (site.folder / "sweep.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
-    batch = ["sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", str(TRAIN.with_name("sweep.sbatch"))]
-    job = site.slurm.call(*batch, "sweep.yaml", cwd=site.folder, **site.variables)
+    (site.folder / f"{name}.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
+    batch = ["sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", *options, str(TRAIN.with_name("sweep.sbatch"))]
+    return site.slurm.call(*batch, f"{name}.yaml", cwd=site.folder, **site.variables)
+
+
+def check_sweep(site: Site, job: str, name: str, trials: int, epochs: int) -> None:
+    """All its trials were trained to the end, each started once, and its Ray is gone."""
+    with (site.folder / name / "results.csv").open(encoding="utf-8") as file:
+        rows = [(row["status"], row["epoch"]) for row in csv.DictReader(file)]
+    assert rows == [("finished", str(epochs))] * trials
+    assert not Path(f"/tmp/mt{job}").exists()
+    logs = [path.read_text(encoding="utf-8") for path in (site.folder / name / "trials").glob("*/log.txt")]
+    assert [text.count("; starting;") for text in logs] == [1] * trials
+
+
+def test_a_sweep_over_two_nodes_survives_the_end_of_its_script(site: Site) -> None:
+    job = submit_sweep(site, "tiny", [1e-3, 1e-2, 3e-3], 4)
     log = site.folder / f"mtunet-sweep-{job}.log"
     wait_for(lambda: log.is_file() and "  finished" in log.read_text(), log.read_text, 240)
     site.slurm.call("scancel", "--batch", "--signal=KILL", job)
@@ -204,11 +219,19 @@ def test_a_sweep_over_two_nodes_survives_the_end_of_its_script(site: Site) -> No
     site.slurm.call("scontrol", "requeue", job)
     ended = site.slurm.wait(job, "COMPLETED", "FAILED")
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
-    with (site.folder / "sweep" / "results.csv").open(encoding="utf-8") as file:
-        assert [(row["status"], row["epoch"]) for row in csv.DictReader(file)] == [("finished", "4")] * 3
-    assert not Path(f"/tmp/mt{job}").exists()
-    trials = [path.read_text(encoding="utf-8") for path in (site.folder / "sweep" / "trials").glob("*/log.txt")]
-    assert sorted(text.count("; starting;") for text in trials) == [1, 1, 1]
+    check_sweep(site, job, "tiny", 3, 4)
+
+
+def test_two_sweeps_share_their_nodes(site: Site) -> None:
+    """Ports, folders and tokens are each job's own."""
+    nodes = f"--nodelist={','.join(slurm_cluster.NODES[:2])}"
+    jobs = {name: submit_sweep(site, name, [1e-3, 1e-2], 3, nodes) for name in ("one", "other")}
+    logs = {name: site.folder / f"mtunet-sweep-{job}.log" for name, job in jobs.items()}
+    for log in logs.values():  # both at work, before either ends
+        wait_for(lambda log=log: log.is_file() and "trial " in log.read_text(), log.read_text, 240)
+    for name, job in jobs.items():
+        assert site.slurm.wait(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", logs[name].read_text()
+        check_sweep(site, job, name, 2, 3)
 
 
 def test_a_job_over_its_time_limit_goes_on(site: Site, over_time: str, whole: checkpoint.State) -> None:

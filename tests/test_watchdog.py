@@ -43,6 +43,7 @@ def test_it_ends_a_process_that_no_longer_moves_and_shows_its_stacks(tmp_path: P
     assert process.returncode == HUNG
     assert f"rank 0 has not moved for 1 s (timeout_s); the stacks of its threads are in {tmp_path / 'hang'}" in errors
     assert "stuck_in_here" in (tmp_path / "hang" / "rank_0.txt").read_text()
+    assert (tmp_path / "hang" / "rank_0.before.txt").read_text() == "of a hang before"
 
 
 def test_it_leaves_alone_what_moves_what_has_ended_and_what_was_only_suspended(tmp_path: Path) -> None:
