@@ -135,20 +135,6 @@ def test_a_signal_sends_the_job_back_into_the_queue(site: Site, whole: checkpoin
     assert "USR1 received: stopped after step" in (site.folder / f"mtunet-{job}.log").read_text()
 
 
-def test_a_lost_node_is_replaced(site: Site, whole: checkpoint.State) -> None:
-    job = site.submit("--nodes=2", name="lost", pace=0.5)
-    site.wait_for_step("lost", 8)
-    nodes = site.slurm.call("scontrol", "show", "hostnames", site.slurm.job(job)["NodeList"]).split()
-    site.slurm.kill_node(nodes[1])
-    site.slurm.call("scontrol", "update", f"nodename={nodes[1]}", "state=down", "reason=test")
-    assert site.slurm.wait(job, "COMPLETED", "FAILED", "NODE_FAIL")["JobState"] == "COMPLETED"
-    assert nodes[1] not in site.slurm.job(job)["NodeList"]
-    site.slurm.start_node(nodes[1])
-    back = ["sinfo", "-h", "-n", nodes[1], "-p", "low", "-t", "idle,mixed", "-o", "%N"]
-    wait_for(lambda: bool(site.slurm.call(*back)), lambda: f"{nodes[1]} does not come back", 60)
-    site.check("lost", whole)
-
-
 def test_a_cancelled_job_does_not_come_back(site: Site) -> None:
     job = site.submit("--nodes=1", name="cancelled", pace=0.5)
     site.wait_for_step("cancelled", 1)
@@ -239,3 +225,18 @@ def test_a_job_over_its_time_limit_goes_on(site: Site, over_time: str, whole: ch
     assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) >= 1
     assert "USR1 received: stopped after step" in site.slurm.log(ended)
     site.check("over time", whole)
+
+
+def test_a_lost_node_is_replaced(site: Site, whole: checkpoint.State) -> None:
+    """The last test, as jobs of others that were on the node would be queued again too."""
+    job = site.submit("--nodes=2", name="lost", pace=0.5)
+    site.wait_for_step("lost", 8)
+    nodes = site.slurm.call("scontrol", "show", "hostnames", site.slurm.job(job)["NodeList"]).split()
+    site.slurm.kill_node(nodes[1])
+    site.slurm.call("scontrol", "update", f"nodename={nodes[1]}", "state=down", "reason=test")
+    assert site.slurm.wait(job, "COMPLETED", "FAILED", "NODE_FAIL")["JobState"] == "COMPLETED"
+    assert nodes[1] not in site.slurm.job(job)["NodeList"]
+    site.slurm.start_node(nodes[1])
+    back = ["sinfo", "-h", "-n", nodes[1], "-p", "low", "-t", "idle,mixed", "-o", "%N"]
+    wait_for(lambda: bool(site.slurm.call(*back)), lambda: f"{nodes[1]} does not come back", 60)
+    site.check("lost", whole)
