@@ -181,9 +181,9 @@ def submit_sweep(site: Site, name: str, rates: list[float], epochs: int, *option
         "space": {"optim.lr": {"grid": rates}},
         "metric": "depth_abs",
     }
-    (site.folder / f"{name}.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
+    (site.folder / f"sweep-{name}.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
     batch = ["sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", *options, str(TRAIN.with_name("sweep.sbatch"))]
-    return site.slurm.call(*batch, f"{name}.yaml", cwd=site.folder, **site.variables)
+    return site.slurm.call(*batch, f"sweep-{name}.yaml", cwd=site.folder, **site.variables)
 
 
 def check_sweep(site: Site, job: str, name: str, trials: int, epochs: int) -> None:
