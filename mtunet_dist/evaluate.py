@@ -120,6 +120,16 @@ def load_step(state: checkpoint.State, config: Config, device: torch.device) -> 
     return place(step, device, config.channels_last).eval()
 
 
+def add_run_argument(parser: argparse.ArgumentParser) -> None:
+    """The ``path`` that ``load_run`` takes, on a command line."""
+    parser.add_argument(
+        "path",
+        type=Path,
+        metavar="RUN_OR_CHECKPOINT",
+        help="a checkpoint, or a run folder: its best.pt, else its newest",
+    )
+
+
 def load_run(path: Path, overrides: Sequence[str]) -> tuple[checkpoint.State, Config, Path]:
     """The checkpoint that ``path`` (a run folder or a checkpoint) means, its config with ``overrides``, its file."""
     file = checkpoint.resolve(path)
@@ -162,12 +172,7 @@ def _cell(key: str, value: float) -> str:
 def main() -> None:
     """Print the table and write ``evaluation-SPLIT.json`` beside the checkpoints."""
     parser = argparse.ArgumentParser(prog="python -m mtunet_dist.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "path",
-        type=Path,
-        metavar="RUN_OR_CHECKPOINT",
-        help="a checkpoint, or a run folder: its best.pt, else its newest",
-    )
+    add_run_argument(parser)
     parser.add_argument("--split", help="a split of the dataset, or several: train+val (default: the run's data.eval)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run's config, as data.root=")
     args = parser.parse_intermixed_args()

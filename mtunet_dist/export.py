@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from mtunet_dist import checkpoint
 from mtunet_dist.errors import InputError, command
-from mtunet_dist.evaluate import load_run
+from mtunet_dist.evaluate import add_run_argument, load_run
 from mtunet_dist.multitask import IMAGE_MEAN, IMAGE_STD
 
 
@@ -50,12 +50,7 @@ def export(state: checkpoint.State, out: Path) -> int:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m mtunet_dist.export", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "path",
-        type=Path,
-        metavar="RUN_OR_CHECKPOINT",
-        help="a checkpoint, or a run folder: its best.pt, else its newest",
-    )
+    add_run_argument(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write, FILE.safetensors")
     args = parser.parse_args()
     state, _, file = load_run(args.path, [])

@@ -21,7 +21,7 @@ from torch import Tensor
 from mtunet_dist import distributed, pictures
 from mtunet_dist.data.info import DatasetInfo
 from mtunet_dist.errors import InputError, command
-from mtunet_dist.evaluate import load_run, load_step
+from mtunet_dist.evaluate import add_run_argument, load_run, load_step
 from mtunet_dist.multitask import Depth, MultiTaskStep, Segmentation
 from mtunet_dist.sources._images import decode, resize
 
@@ -88,12 +88,7 @@ def _resized(x: Tensor, size: tuple[int, int], resample: Image.Resampling) -> np
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m mtunet_dist.predict", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "path",
-        type=Path,
-        metavar="RUN_OR_CHECKPOINT",
-        help="a checkpoint, or a run folder: its best.pt, else its newest",
-    )
+    add_run_argument(parser)
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("--out", type=Path, required=True, help="where the results go")
     parser.add_argument(

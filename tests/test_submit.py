@@ -33,7 +33,7 @@ def config_file(tmp_path: Path, overrides: list[str]) -> Path:
 
 def job(options: Options, **more: Any) -> Job:
     given = {"template": TEMPLATE, "home": Path("/opt/mtunet"), "folder": Path("/work"), "python": "/venv/bin/python"}
-    return Job(**{**given, "log": Path("/shared/run/slurm/job-%j.log"), "words": ("a.yaml",), "options": options, **more})
+    return Job(**{**given, "log": Path("/disk/run/slurm/job-%j.log"), "words": ("a.yaml",), "options": options, **more})
 
 
 def test_the_script_of_a_plain_training() -> None:
@@ -45,7 +45,7 @@ def test_the_script_of_a_plain_training() -> None:
         "#SBATCH --signal=USR1@120\n"
         "#SBATCH --job-name=demo\n"
         "#SBATCH --chdir=/work\n"
-        "#SBATCH --output=/shared/run/slurm/job-%j.log\n"
+        "#SBATCH --output=/disk/run/slurm/job-%j.log\n"
         "#SBATCH --nodes=2\n"
         "#SBATCH --gpus-per-node=4\n"
         "#SBATCH --cpus-per-task=32\n"
@@ -56,7 +56,7 @@ def test_the_script_of_a_plain_training() -> None:
         "# code 123\n"
         "export MTUNET_HOME=/opt/mtunet\n"
         "export MTUNET_PYTHON=/venv/bin/python\n"
-        "job_output=/shared/run/slurm/job-$SLURM_JOB_ID.log\n"
+        "job_output=/disk/run/slurm/job-$SLURM_JOB_ID.log\n"
         "set -- a.yaml\n"
         "set -eu\n"
         'body "$@"\n'
@@ -79,7 +79,7 @@ def test_the_script_of_an_array_in_a_container_with_setup_lines() -> None:
     mounts = "/data:/data,/work:/work,/opt/mtunet:/opt/mtunet"
     assert added == (
         "#SBATCH --chdir=/work\n"
-        "#SBATCH --output=/shared/run/slurm/job-%j.log\n"
+        "#SBATCH --output=/disk/run/slurm/job-%j.log\n"
         "#SBATCH --nodes=1\n"
         "#SBATCH --signal=USR1@120\n"
         "#SBATCH --array=0-1%1\n"
@@ -95,7 +95,7 @@ def test_the_script_of_an_array_in_a_container_with_setup_lines() -> None:
         "export MTUNET_PYTHON=/venv/bin/python\n"
         "export MTUNET_CPU_PROCS=2\n"
         "export MTUNET_CONTAINER='nvcr.io#nvidia/pytorch:26.01-py3'\n"
-        "job_output=/shared/run/slurm/job-$SLURM_JOB_ID.log\n"
+        "job_output=/disk/run/slurm/job-$SLURM_JOB_ID.log\n"
         "set -- a.yaml\n"
         'case "$SLURM_ARRAY_TASK_ID" in\n'
         '  0) set -- "$@" seed=0 run_dir=r/seed=0 ;;\n'
