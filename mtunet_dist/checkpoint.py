@@ -47,7 +47,7 @@ def save(folder: Path, state: State, *, keep: int, best: bool) -> Path:
             file.flush()
             os.fsync(file.fileno())
         if best:
-            _publish(temporary, folder / "best.pt")  # first: under its own name the file says that it is the best
+            publish(temporary, folder / "best.pt")  # first: under its own name the file says that it is the best
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch's writer hides the OSError behind a RuntimeError
         with suppress(OSError):
@@ -65,7 +65,7 @@ def save(folder: Path, state: State, *, keep: int, best: bool) -> Path:
     return path
 
 
-def _publish(path: Path, name: Path) -> None:
+def publish(path: Path, name: Path) -> None:
     """Give ``path`` the second name ``name``, atomically; as a copy where the file system has no hard links."""
     temporary = name.with_suffix(".tmp")
     temporary.unlink(missing_ok=True)
@@ -74,6 +74,13 @@ def _publish(path: Path, name: Path) -> None:
     except OSError:
         shutil.copyfile(path, temporary)
     temporary.replace(name)
+
+
+def step_of(path: Path) -> int:
+    """The step that ``path_of`` made the name ``path`` from."""
+    found = _NAME.fullmatch(path.name)
+    assert found, path
+    return int(found[1])
 
 
 def by_age(folder: Path) -> list[Path]:

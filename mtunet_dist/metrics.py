@@ -7,6 +7,8 @@ The ``legacy/`` figures average per image or per batch, as the code behind the t
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +19,26 @@ from mtunet_dist.schema import VOID
 def higher_is_better(name: str) -> bool:
     """Whether more of the metric ``name`` (also a ``legacy/`` one) is better: so with shares, not errors and losses."""
     return name.endswith(("miou", "accuracy", "delta1"))
+
+
+def task_of(name: str) -> str:
+    """The task that the metric ``name`` judges."""
+    return "segmentation" if name.endswith(("miou", "accuracy", "/segmentation")) else "depth"
+
+
+def delta_m(multi: Mapping[str, float], single: Mapping[str, float], names: Sequence[str]) -> float:
+    """How much better ``multi`` is than ``single``, relatively, in percent: positive is better, nan if one is unknown.
+
+    The mean over tasks of (-1)^l (M_multi - M_single) / M_single with l = 1 where less is better: Maninis, Radosavovic,
+    Kokkinos, "Attentive single-tasking of multiple tasks", CVPR 2019. A task with several metrics among ``names``
+    counts with their mean, as in LibMTL.
+    """
+    gains: dict[str, list[float]] = {}
+    for name in names:
+        value, base = multi.get(name, math.nan), single.get(name, math.nan)
+        relative = (value - base) / base if base else math.nan
+        gains.setdefault(task_of(name), []).append(relative if higher_is_better(name) else -relative)
+    return 100 * statistics.fmean(statistics.fmean(values) for values in gains.values())
 
 
 class SegmentationMetric:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,6 +93,22 @@ def save(run: Run, *, best: bool, wait: bool) -> None:
     run.best_submitted = run.best
     if wait:
         distributed.decide(run.writer.wait)
+
+
+def adopt(file: Path, config: Config) -> None:
+    """Make the run folder of ``config`` go on from the checkpoint ``file`` of another run, or of its own past.
+
+    With the settings of ``config``, which must fit what the checkpoint holds: other learning rates, say, but not
+    another network. The best model so far comes along. Nobody else may work in the run folder. Raises InputError if the
+    file is damaged, MTUNetError if the run folder cannot be written to.
+    """
+    state = checkpoint.load(file)
+    state["config"] = to_yaml(config)
+    folder = Path(config.run_dir) / "checkpoints"
+    if (best := file.with_name("best.pt")).is_file() and best.parent != folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.publish(best, folder / "best.pt")
+    checkpoint.save(folder, state, keep=config.checkpoint.keep, best=False)
 
 
 def check_written(run: Run) -> None:

@@ -35,11 +35,12 @@ OnEval = Callable[[int, dict[str, float]], None]
 def train(config: Config, on_eval: OnEval | None = None) -> dict[str, float]:
     """Train as ``config`` says and return the metrics of the last evaluation.
 
-    ``on_eval(step, metrics)`` is called on every rank after each evaluation. Joins torchrun's process group, or
-    one that exists, or runs alone. Raises InputError for anything wrong with config, data or checkpoint,
-    NonFiniteLossError when a loss stops being a number, MTUNetError when the run folder cannot be written to, and
-    PreemptedError, with a checkpoint written, within ``log.every_steps`` steps after SIGTERM, SIGUSR1 or SIGUSR2 came
-    to any rank. A process that does not move for ``timeout_s`` ends at once, see ``Watchdog``.
+    ``on_eval(step, metrics)`` is called on every rank after each evaluation, once the checkpoint of that step, if there
+    is to be one, is being written. Joins torchrun's process group, or one that exists, or runs alone. Raises InputError
+    for anything wrong with config, data or checkpoint, NonFiniteLossError when a loss stops being a number, MTUNetError
+    when the run folder cannot be written to, and PreemptedError, with a checkpoint written, within ``log.every_steps``
+    steps after SIGTERM, SIGUSR1 or SIGUSR2 came to any rank. A process that does not move for ``timeout_s`` ends at
+    once, see ``Watchdog``.
     """
     device = distributed.pick_device(config.device)
     with distributed.process_group(device, config.timeout_s), closing(resume.start(config, device)) as run:
@@ -56,20 +57,21 @@ def train(config: Config, on_eval: OnEval | None = None) -> dict[str, float]:
             )
             watchdog = Watchdog(run.dir / "hang", config.timeout_s, patient_start=config.compile)
             with closing(tracker), StopRequest() as stop, _no_garbage_collection(), watchdog:
-                _loop(run, tracker, stop, watchdog, on_eval)
+                _loop(run, tracker, stop, watchdog, on_eval or _ignore)
                 distributed.decide(tracker.check)
         return run.metrics
 
 
-def _loop(run: Run, tracker: Tracker, stop: StopRequest, watchdog: Watchdog, on_eval: OnEval | None) -> None:
+def _loop(run: Run, tracker: Tracker, stop: StopRequest, watchdog: Watchdog, on_eval: OnEval) -> None:
     config, order, step = run.config, run.order, run.module
     batches = run.loader.batches(start=run.step * order.accumulate)
     window: list[Tensor] = []  # losses and gradient norms of the steps since the last report, on the device
 
     step.train()
     if run.evaluation_due:  # the run was asked to stop before it
-        best = _evaluate(run, tracker, watchdog, on_eval)
+        best = _evaluate(run, tracker, watchdog)
         resume.save(run, best=best, wait=run.finished)
+        on_eval(run.step, run.metrics)
     while not run.finished:
         lr = optim.lr_at(run.step, config.optim, order.steps_per_epoch, run.total_steps)
         window.append(_optimiser_step(run, batches, lr))
@@ -90,11 +92,13 @@ def _loop(run: Run, tracker: Tracker, stop: StopRequest, watchdog: Watchdog, on_
             gc.collect()
 
         with tracker.paused():
-            if run.evaluation_due and not stopping:  # who asks to stop may not wait for so long; it is made up for
-                best = _evaluate(run, tracker, watchdog, on_eval)
+            if evaluated := run.evaluation_due and not stopping:  # who asks may not wait for so long; it is made up for
+                best = _evaluate(run, tracker, watchdog)
             if save or best or last or stopping:
                 tracker.flush()
                 resume.save(run, best=best, wait=last or stopping)
+            if evaluated:
+                on_eval(run.step, run.metrics)
             watchdog.beat()
         if stopping and not run.finished:
             reason = f"{stop.received.name} received" if stop.received else "another process was asked to stop"
@@ -150,8 +154,12 @@ def _report(run: Run, window: list[Tensor], lr: float, stop: StopRequest, tracke
     return report, asked > 0
 
 
-def _evaluate(run: Run, tracker: Tracker, watchdog: Watchdog, on_eval: OnEval | None) -> bool:
-    """Evaluate, report, draw, tell ``on_eval``; returns whether the model is the best so far."""
+def _ignore(step: int, metrics: dict[str, float]) -> None:
+    """Whoever does not listen to evaluations."""
+
+
+def _evaluate(run: Run, tracker: Tracker, watchdog: Watchdog) -> bool:
+    """Evaluate, report, draw; returns whether the model is the best so far."""
     distributed.average_statistics(run.module)
     with run.strategy.whole() as module:
         module.eval()
@@ -161,8 +169,6 @@ def _evaluate(run: Run, tracker: Tracker, watchdog: Watchdog, on_eval: OnEval | 
         if run.picture_batch is not None:
             tracker.picture(run.step, pictures.sheet(module, run.picture_batch))
         module.train()
-    if on_eval is not None:
-        on_eval(run.step, run.metrics)
     name = run.config.checkpoint.best
     value = result.metrics[name]
     sign = 1 if higher_is_better(name) else -1

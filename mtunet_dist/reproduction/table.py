@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mtunet_dist.data.info import DatasetInfo
-from mtunet_dist.metrics import higher_is_better
+from mtunet_dist.metrics import delta_m, higher_is_better
 from mtunet_dist.reproduction.experiments import SYSTEMS
 from mtunet_dist.reproduction.published import PUBLISHED, SIZE
 from mtunet_dist.reproduction.trainings import Training
 
 DELTA = "delta_m"
-COMPARED = {"segmentation": ("miou", "accuracy"), "depth": ("depth_abs", "depth_rel")}  # by delta-m
+COMPARED = ("miou", "accuracy", "depth_abs", "depth_rel")  # by delta-m
 COLUMNS = {  # of the Markdown table
     "miou": "mIoU %",
     "accuracy": "accuracy %",
@@ -44,25 +44,6 @@ class Row:
     failed: Sequence[int] = field(default=())  # seeds without a result
 
 
-def delta_m(multi: Mapping[str, float], single: Mapping[str, float]) -> float:
-    """How much better than single-task networks, relatively, in percent: positive is better, nan if one is unknown.
-
-    The mean over tasks of (-1)^l (M_multi - M_single) / M_single with l = 1 where less is better: Maninis, Radosavovic,
-    Kokkinos, "Attentive single-tasking of multiple tasks", CVPR 2019. A task with several metrics (``COMPARED``, those
-    over the whole set) counts with their mean, as in LibMTL.
-    """
-    gains = []
-    for names in COMPARED.values():
-        gains.append(statistics.fmean(_gain(name, multi, single) for name in names))
-    return 100 * statistics.fmean(gains)
-
-
-def _gain(name: str, multi: Mapping[str, float], single: Mapping[str, float]) -> float:
-    value, base = multi.get(name, math.nan), single.get(name, math.nan)
-    relative = (value - base) / base if base else math.nan
-    return relative if higher_is_better(name) else -relative
-
-
 def rows_of(trainings: Sequence[Training]) -> list[Row]:
     """A row for each system among ``trainings``; delta-m is against the single-task run of the same seed among them."""
     results_of = {(t.system, t.seed): t.metrics for t in trainings}
@@ -73,7 +54,7 @@ def rows_of(trainings: Sequence[Training]) -> list[Row]:
         results = []
         for seed, metrics in done.items():
             base = results_of.get((SYSTEMS[system].single, seed))
-            results.append({**metrics, DELTA: delta_m(metrics, base) if base else math.nan})
+            results.append({**metrics, DELTA: delta_m(metrics, base, COMPARED) if base else math.nan})
         rows.append(
             Row(
                 kind="ours",
