@@ -97,10 +97,10 @@ def sweep_work(words: Sequence[str], options: Options) -> Work:
     sweep = load_sweep(Path(words[0]), words[1:])
     base = find_config(sweep, Path(words[0]))
     check_trials(sweep, base)
-    if sweep.gpus_per_trial > options.gpus:
-        raise InputError(f"gpus_per_trial={sweep.gpus_per_trial} needs --gpus of at least that many per node")
-    if options.cpus and sweep.cpus_per_trial > options.cpus:
-        raise InputError(f"cpus_per_trial={sweep.cpus_per_trial}, but a node of this job has cpus={options.cpus}")
+    if sweep.gpus_per_worker > options.gpus:
+        raise InputError(f"gpus_per_worker={sweep.gpus_per_worker} needs --gpus of at least that many per node")
+    if options.cpus and sweep.cpus_per_worker > options.cpus:
+        raise InputError(f"cpus_per_worker={sweep.cpus_per_worker}, but a node of this job has cpus={options.cpus}")
     here = dataclasses.replace(sweep, config=str(base.resolve()))
     return Work(sweep.dir, to_yaml(here), (), template="sweep.sbatch")
 

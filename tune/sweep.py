@@ -1,14 +1,14 @@
-"""Search for good settings with Ray Tune on this machine: ``python tune/sweep.py SWEEP.yaml key=value...``.
+"""Search for good settings with Ray Tune: ``python tune/sweep.py SWEEP.yaml key=value...``.
 
-A sweep file is described in sweep_config.py. Each trial is an ordinary run in ``RUN_DIR/trials/ID``. The same
-command resumes a sweep that was stopped or killed: finished trials are kept, the others go on from their checkpoints.
+What a sweep file says is described in sweep_config.py. Each trial is an ordinary run in ``RUN_DIR/trials/ID``. The same
+command resumes a sweep that was stopped or killed: trials that have ended are kept, the others go on from their
+checkpoints. ``--report`` only writes the report of what is there, also while the sweep runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import os
 import shutil
 import sys
@@ -23,11 +23,16 @@ from rich.console import Console
 from mtunet_dist.config import to_yaml
 from mtunet_dist.errors import InputError, command
 from mtunet_dist.folder_lock import lock_folder
-from sweep_config import Sweep, check_trials, find_config, load_sweep, metrics_of
-from sweep_ray import cluster_ray, local_ray, make_tuner, outcome
+from sweep_config import Sweep, check_trials, find_config, load_sweep
+from sweep_folder import read_trials
+from sweep_ray import check_room, run_trials
 from sweep_report import report
 
-MAY_CHANGE = ("name", "run_dir", "config")  # when a sweep resumes; config's content may not
+# When a sweep resumes; config's content may not.
+MAY_CHANGE = (
+    *("name", "run_dir", "config", "trials", "hours"),
+    *("workers_per_trial", "cpus_per_worker", "gpus_per_worker", "max_concurrent", "retries"),
+)
 
 
 @contextmanager
@@ -44,9 +49,9 @@ def opened(sweep: Sweep, config: Path) -> Iterator[Path]:
                 raise InputError(f"{sweep.dir} holds a sweep over another {config}; choose another run_dir")
         else:
             shutil.copyfile(config, base)
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text(to_yaml(sweep), encoding="utf-8")
-            temporary.replace(file)
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(to_yaml(sweep), encoding="utf-8")
+        temporary.replace(file)
         yield base
 
 
@@ -64,25 +69,22 @@ def run(sweep: Sweep, config: Path, address: str | None = None) -> None:
     The trials run on this machine, or on those of the Ray at ``address``.
     """
     configs = check_trials(sweep, config)
-    for key, wanted, present in (
-        ("cpus_per_trial", sweep.cpus_per_trial, os.cpu_count() or 1),
-        ("gpus_per_trial", sweep.gpus_per_trial, torch.cuda.device_count()),
-    ):
-        if address is None and wanted > present:
-            raise InputError(f"{key}={wanted}, but this machine has {present}")
-    grids = [len(d.values) for d in sweep.dimensions.values() if d.kind == "grid"]
-    count = sweep.trials * math.prod(grids)
+    if address is None:
+        check_room(sweep, os.cpu_count() or 1, torch.cuda.device_count(), "this machine")
     console = Console()
     with opened(sweep, config) as base:
-        console.print(f"{sweep.name}: {count} trials; sweep folder {sweep.dir}", markup=False, highlight=False)
-        try:
-            with cluster_ray(address) if address else local_ray():
-                results = make_tuner(sweep, base, max(c.epochs for c in configs)).fit()
-                trials = [outcome(result, metrics_of(configs[0])) for result in results]
-        except KeyboardInterrupt:
-            print("interrupted; the same command continues", file=sys.stderr, flush=True)
-            raise
-        report(trials, sweep, base, console)
+        console.print(f"{sweep.name}: {sweep.count} trials; sweep folder {sweep.dir}", markup=False, highlight=False)
+        in_time = True
+        trials = read_trials(sweep.dir)[: sweep.count]
+        if len(trials) < sweep.count or any(trial.status == "unfinished" for trial in trials):
+            try:
+                in_time = run_trials(sweep, base, max(c.epochs for c in configs), address, console)
+            except KeyboardInterrupt:
+                print("interrupted; the same command continues", file=sys.stderr, flush=True)
+                raise
+        report(read_trials(sweep.dir), sweep, base, console)
+        if not in_time:
+            console.print(f"stopped after hours={sweep.hours}; the same command continues", highlight=False)
 
 
 @command
@@ -92,11 +94,15 @@ def main() -> None:
     parser.add_argument(
         "--address", metavar="HOST:PORT", help="a Ray that runs already, as slurm/sweep.sbatch starts it"
     )
+    parser.add_argument("--report", action="store_true", help="run nothing, write the report of what is there")
     parser.add_argument("sweep", type=Path, metavar="SWEEP", help="a YAML file, as tune/lr.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     args = parser.parse_args()
     sweep = load_sweep(args.sweep, args.overrides)
-    run(sweep, find_config(sweep, args.sweep), args.address)
+    if args.report:
+        report(read_trials(sweep.dir), sweep, sweep.dir / "base.yaml", Console())
+    else:
+        run(sweep, find_config(sweep, args.sweep), args.address)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,137 @@
+"""The folder of a sweep, which is all its state: what it searches, and for each trial what it tries and how it goes.
+
+``trials/00003`` is an ordinary run folder with three files more:
+
+- ``trial.json``: its parameters, written before it starts;
+- ``history.jsonl``: with population-based training, one line each time it took over another trial's weights;
+- ``outcome.json``: how it ended; absent while it runs or waits to go on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Status = Literal["finished", "stopped", "failed", "unfinished"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The metrics after an epoch, nan where undefined."""
+
+    epoch: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Exploit:
+    """At ``epoch`` the trial went on from the weights of the trial ``source``, with new ``parameters``."""
+
+    epoch: int
+    source: str
+    parameters: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What its folder says of a trial. ``stopped`` means by the scheduler, because others were better."""
+
+    id: str  # 00003
+    parameters: dict[str, Any]  # of the active dimensions; after an exploit the newest
+    status: Status
+    evaluations: tuple[Evaluation, ...] = ()
+    error: str = ""
+    history: tuple[Exploit, ...] = ()
+
+    @property
+    def last(self) -> Evaluation | None:
+        """The newest evaluation."""
+        return self.evaluations[-1] if self.evaluations else None
+
+
+def trial_folder(sweep: Path, number: int) -> Path:
+    """Where trial ``number`` of the sweep in the folder ``sweep`` lives."""
+    return sweep / "trials" / f"{number:05d}"
+
+
+def read_trials(sweep: Path) -> list[Trial]:
+    """The trials of the sweep in the folder ``sweep``, by id."""
+    return [read_trial(file.parent) for file in sorted((sweep / "trials").glob("*/trial.json"))]
+
+
+def read_trial(folder: Path) -> Trial:
+    """The trial in its run folder."""
+    history = tuple(
+        Exploit(record["epoch"], record["from"], record["parameters"]) for record in _records(folder / "history.jsonl")
+    )
+    ended = (folder / "outcome.json").is_file()
+    outcome: dict[str, Any] = _read(folder / "outcome.json") if ended else {"status": "unfinished"}
+    return Trial(
+        id=folder.name,
+        parameters=history[-1].parameters if history else _read(folder / "trial.json")["parameters"],
+        status=outcome["status"],
+        evaluations=tuple(evaluations(folder)),
+        error=outcome.get("error", ""),
+        history=history,
+    )
+
+
+def evaluations(folder: Path) -> Iterator[Evaluation]:
+    """What the run folder's metrics.jsonl says of evaluations after whole epochs, the newest of each."""
+    newest: dict[int, Evaluation] = {}
+    for record in _records(folder / "metrics.jsonl"):
+        if record["kind"] == "eval":
+            epoch = round(record["epoch"])
+            metrics = {
+                name: math.nan if value is None else float(value)
+                for name, value in record.items()
+                if (value is None or isinstance(value, int | float)) and name not in ("epoch", "step", "time")
+            }
+            newest[epoch] = Evaluation(epoch, metrics)
+    yield from (newest[epoch] for epoch in sorted(newest))
+
+
+def write_parameters(folder: Path, parameters: dict[str, Any]) -> None:
+    """Make the trial that tries ``parameters``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "trial.json", {"parameters": parameters})
+
+
+def write_exploit(folder: Path, exploit: Exploit) -> None:
+    """Note that the trial went on from another's weights."""
+    line = json.dumps({"epoch": exploit.epoch, "from": exploit.source, "parameters": exploit.parameters})
+    with (folder / "history.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def write_outcome(folder: Path, status: Status, error: str = "", seconds: float | None = None) -> None:
+    """Note how the trial ended, and, where it is known, how long its training took since it last started."""
+    write_json(folder / "outcome.json", {"status": status, "error": error, "seconds": seconds})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace the file at once, so that a kill leaves the old one or the new one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a JSON-lines file, but one that a kill cut short."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue

@@ -1,0 +1,311 @@
+"""Which trials there are, and which of them go on: searchers and schedulers of Ray Tune that a folder can restart.
+
+Tune keeps no scheduler's state, and a searcher's only in snapshots. Here both are told again what the folder of the
+sweep knows, so a sweep that was killed at any moment goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, Searcher
+
+from sweep_config import Sweep
+from sweep_folder import Evaluation, Trial, read_trial, read_trials, trial_folder, write_parameters
+from sweep_space import Dimension, Parameters, draw, grid, random_value, sample
+
+OBJECTIVE = "objective"  # under this name trials report the figure that schedulers compare
+RUNNING_OUT = 1_000_000  # trials to Tune, which shall leave it to our searcher how many there are
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+
+def parameters_of(sweep: Sweep) -> list[Parameters]:
+    """All trials of a random or grid search."""
+    dimensions = sweep.dimensions
+    if sweep.searcher == "grid":
+        return grid(dimensions)
+    return [sample(dimensions, sweep.seed, number) for number in range(sweep.trials)]
+
+
+def open_trials(sweep: Sweep) -> list[Trial]:
+    """The trials that are to run or to go on, all of them known before the first starts: random and grid search."""
+    for number, parameters in enumerate(parameters_of(sweep)):
+        folder = trial_folder(sweep.dir, number)
+        if not (folder / "trial.json").is_file():
+            write_parameters(folder, parameters)
+    return [trial for trial in read_trials(sweep.dir)[: sweep.count] if trial.status == "unfinished"]
+
+
+def search(sweep: Sweep) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the Tuner needs to run the rest of the sweep: its param_space, and arguments of its TuneConfig.
+
+    A Tune trial's config has the id of the trial as ``trial``, and with population-based training the parameters too,
+    as Tune changes them there.
+    """
+    if sweep.searcher == "optuna":
+        searcher: Any = OptunaSearch(sweep)
+        if sweep.max_concurrent:
+            searcher = ConcurrencyLimiter(searcher, sweep.max_concurrent)
+        return {}, {"search_alg": searcher, "num_samples": RUNNING_OUT}
+    known = {trial.id: trial.parameters for trial in open_trials(sweep)}
+    space: dict[str, Any] = {"trial": tune.grid_search(list(known))}
+    if sweep.scheduler == "pbt":
+        for key in sweep.dimensions:
+            space[key] = tune.sample_from(lambda spec, key=key: known[spec.config["trial"]][key])
+    return space, {"search_alg": BasicVariantGenerator(max_concurrent=sweep.max_concurrent)}
+
+
+class OptunaSearch(Searcher):  # type: ignore[misc]
+    """Optuna's TPE over a space with conditions; with several goals, its multi-objective form.
+
+    Ray's own OptunaSearch cannot be told of trials before when the space has conditions. Trials that ASHA stopped count
+    with their last value, as Optuna's pruned ones do; failed ones do not count.
+    """
+
+    def __init__(self, sweep: Sweep) -> None:
+        goals = sweep.objective.goals
+        super().__init__(metric=OBJECTIVE, mode=goals[0].mode)
+        self.sweep = sweep
+        self.ids: dict[str, str] = {}  # of Tune -> ours
+        self.asked: dict[str, optuna.trial.Trial] = {}  # ours -> Optuna's, of those that run
+        before = read_trials(sweep.dir)
+        # Another seed each time, as the first trials are random ones and would come again.
+        sampler = optuna.samplers.TPESampler(
+            seed=sweep.seed * 1_000_003 + len(before),
+            n_startup_trials=max(4, min(10, sweep.trials // 3)),
+            multivariate=True,
+            group=True,  # conditions
+            constant_liar=True,  # trials side by side keep apart
+        )
+        to = optuna.study.StudyDirection
+        directions = [to.MAXIMIZE if goal.mode == "max" else to.MINIMIZE for goal in goals]
+        self.study = optuna.create_study(sampler=sampler, directions=directions)
+        for trial in before:
+            if trial.status != "unfinished":
+                self.study.add_trial(self._frozen(trial))
+        self.waiting = [trial for trial in before if trial.status == "unfinished"]
+        self.next_number = len(before)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The id of the next trial, whose parameters are in its folder."""
+        if self.waiting:
+            trial = self.waiting.pop(0)
+            self.study.enqueue_trial(self._encoded(trial.parameters))
+            self.asked[trial.id] = asked = self.study.ask()
+            draw(self.sweep.dimensions, lambda key, dimension: _suggest(asked, key, dimension))
+            self.ids[trial_id] = trial.id
+            return {"trial": trial.id}
+        if self.next_number >= self.sweep.trials:
+            finished: str = Searcher.FINISHED
+            return finished
+        asked = self.study.ask()
+        folder = trial_folder(self.sweep.dir, self.next_number)
+        write_parameters(folder, draw(self.sweep.dimensions, lambda key, d: _suggest(asked, key, d)))
+        self.next_number += 1
+        self.asked[folder.name], self.ids[trial_id] = asked, folder.name
+        return {"trial": folder.name}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """An evaluation: TPE learns from it if the trial is stopped later."""
+        value = result.get(OBJECTIVE, math.nan)
+        if len(self.study.directions) == 1 and not math.isnan(value):
+            self.asked[self.ids[trial_id]].report(value, result["epoch"])
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Finished, stopped or failed."""
+        name = self.ids.pop(trial_id)
+        asked = self.asked.pop(name)
+        trial = read_trial(self.sweep.dir / "trials" / name)
+        values = self._values(trial)
+        if error or trial.status == "failed" or values is None:
+            self.study.tell(asked, state=optuna.trial.TrialState.FAIL)
+        elif trial.status == "finished":
+            self.study.tell(asked, values)
+        elif len(values) == 1:
+            self.study.tell(asked, state=optuna.trial.TrialState.PRUNED)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the folder of the sweep is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Never called: no sweep is restored by Tune."""
+        raise NotImplementedError
+
+    def _values(self, trial: Trial) -> tuple[float, ...] | None:
+        values = self.sweep.objective.values(trial.last.metrics) if trial.last else (math.nan,)
+        return None if any(math.isnan(value) for value in values) else values
+
+    def _frozen(self, trial: Trial) -> optuna.trial.FrozenTrial:
+        """A trial of before, as Optuna sees it."""
+        dimensions = {key: d for key, d in self.sweep.dimensions.items() if key in trial.parameters}
+        values, states = self._values(trial), optuna.trial.TrialState
+        if trial.status == "failed" or values is None:
+            state = states.FAIL
+        elif trial.status == "finished":
+            state = states.COMPLETE
+        else:
+            state = states.PRUNED
+        steps = {} if len(self.sweep.objective.goals) > 1 else self._steps(trial.evaluations)
+        return optuna.trial.create_trial(
+            state=state,
+            values=list(values) if values is not None and state == states.COMPLETE else None,
+            params=self._encoded(trial.parameters),
+            distributions={key: _distribution(dimension) for key, dimension in dimensions.items()},
+            intermediate_values=steps,
+        )
+
+    def _steps(self, evaluations: tuple[Evaluation, ...]) -> dict[int, float]:
+        values = {e.epoch: self.sweep.objective.values(e.metrics)[0] for e in evaluations}
+        return {epoch: value for epoch, value in values.items() if not math.isnan(value)}
+
+    def _encoded(self, parameters: Parameters) -> Parameters:
+        return {key: _encode(self.sweep.dimensions[key], value) for key, value in parameters.items()}
+
+
+def _encode(dimension: Dimension, value: Any) -> Any:
+    """Optuna's form of a value: it knows no lists."""
+    return json.dumps(value) if dimension.kind == "choice" else value
+
+
+def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
+    if dimension.kind == "choice":
+        return optuna.distributions.CategoricalDistribution([_encode(dimension, v) for v in dimension.values])
+    low, high = dimension.values
+    if dimension.kind in ("integer", "loginteger"):
+        return optuna.distributions.IntDistribution(low, high, log=dimension.is_log)
+    return optuna.distributions.FloatDistribution(low, high, log=dimension.is_log)
+
+
+def _suggest(asked: optuna.trial.Trial, key: str, dimension: Dimension) -> Any:
+    """What Optuna proposes for one dimension."""
+    if dimension.kind == "choice":
+        return json.loads(asked.suggest_categorical(key, [_encode(dimension, v) for v in dimension.values]))
+    low, high = dimension.values
+    if dimension.kind in ("integer", "loginteger"):
+        return asked.suggest_int(key, low, high, log=dimension.is_log)
+    return asked.suggest_float(key, low, high, log=dimension.is_log)
+
+
+def scheduler_of(sweep: Sweep, epochs: int) -> TrialScheduler:
+    """Ray Tune's scheduler for trials of at most ``epochs`` epochs."""
+    if sweep.scheduler == "asha":
+        return Asha(sweep, epochs)
+    if sweep.scheduler == "pbt":
+        return Population(sweep, epochs)
+    return FIFOScheduler()
+
+
+class Asha(ASHAScheduler):  # type: ignore[misc]
+    """Asynchronous successive halving (Li et al., MLSys 2020) that knows the trials of before."""
+
+    def __init__(self, sweep: Sweep, epochs: int) -> None:
+        super().__init__(
+            "epoch",
+            OBJECTIVE,
+            sweep.objective.goals[0].mode,
+            max_t=epochs,
+            grace_period=sweep.asha.grace_epochs,
+            reduction_factor=sweep.asha.reduction,
+        )
+        self.sweep = sweep
+        self.condemned: set[str] = set()  # Tune's ids of trials that are to stop when they next report
+        for trial in read_trials(sweep.dir):
+            if trial.status != "unfinished":
+                past = _Past(trial.id)
+                super().on_trial_add(None, past)
+                self._replay(past, trial)
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """A trial, new or unfinished: tell ASHA its past evaluations."""
+        super().on_trial_add(tune_controller, trial)
+        if self._replay(trial, read_trial(self.sweep.dir / "trials" / trial.config["trial"])) == TrialScheduler.STOP:
+            self.condemned.add(trial.trial_id)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Whether the trial goes on."""
+        if trial.trial_id in self.condemned:
+            stop: str = TrialScheduler.STOP
+            return stop
+        action: str = super().on_trial_result(tune_controller, trial, result)
+        return action
+
+    def _replay(self, tune_trial: Any, trial: Trial) -> str:
+        action: str = TrialScheduler.CONTINUE
+        for evaluation in trial.evaluations:
+            value = self.sweep.objective.values(evaluation.metrics)[0]
+            result = {"epoch": evaluation.epoch, OBJECTIVE: value}
+            if super().on_trial_result(None, tune_trial, result) == TrialScheduler.STOP:
+                action = TrialScheduler.STOP
+        return action
+
+
+class _Past:
+    """What ASHA asks of a trial that has ended before this command began."""
+
+    def __init__(self, trial_id: str) -> None:
+        self.trial_id = trial_id
+
+
+class Population(PopulationBasedTraining):  # type: ignore[misc]
+    """Population-based training (Jaderberg et al., 2017) that keeps values in their range and trials' ids apart."""
+
+    def __init__(self, sweep: Sweep, epochs: int) -> None:
+        rng = random.Random(sweep.seed)
+        mutations = {
+            key: d.values if d.kind == "choice" else (lambda d=d: random_value(d, rng))
+            for key, d in sweep.dimensions.items()
+        }
+
+        def within(config: dict[str, Any]) -> dict[str, Any]:
+            return {key: sweep.dimensions[key].nearest(v) if key in mutations else v for key, v in config.items()}
+
+        random.seed(sweep.seed)  # Tune draws from it
+        super().__init__(
+            "epoch",
+            OBJECTIVE,
+            sweep.objective.goals[0].mode,
+            perturbation_interval=sweep.pbt.interval_epochs,
+            hyperparam_mutations=mutations,
+            quantile_fraction=sweep.pbt.quantile,
+            resample_probability=sweep.pbt.resample,
+            custom_explore_fn=within,
+            log_config=False,
+            require_attrs=False,
+        )
+        self.sweep, self.epochs = sweep, epochs
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Whether the trial goes on as it is; not asked at its end, as new parameters would act no more."""
+        action: str = TrialScheduler.CONTINUE
+        if result.get("epoch", 0) < self.epochs:
+            action = super().on_trial_result(tune_controller, trial, result)
+        return action
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """A trial, new or unfinished: comparisons go on at the same epochs as before."""
+        super().on_trial_add(tune_controller, trial)
+        before = read_trial(self.sweep.dir / "trials" / trial.config["trial"])
+        if before.last is not None:
+            interval, state = self.sweep.pbt.interval_epochs, self._trial_state[trial]
+            state.last_perturbation_time = before.last.epoch // interval * interval
+            state.last_train_time = before.last.epoch
+
+    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The parameters of the other, changed, under the trial's own id."""
+        config, operations = super()._get_new_config(trial, trial_to_clone)
+        return {**config, "trial": trial.config["trial"]}, operations
+
+
+def active_parameters(config: Mapping[str, Any]) -> Parameters:
+    """The parameters in a Tune trial's config, if it has them."""
+    return {key: value for key, value in config.items() if key != "trial"}
