@@ -1,0 +1,131 @@
+"""The trials in TensorBoard's HParams tab: ``tensorboard --logdir SWEEP_DIR/trials``.
+
+A trial's settings and end stand in event files of their own beside those of its training, which has its own writer.
+Their names never change, so that a trial that is resumed replaces them; and they sort before and after the training's,
+because TensorBoard reads a folder's files in the order of their names and goes back to none.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import api_pb2, metadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from sweep_config import Sweep
+from sweep_folder import Trial
+from sweep_ranking import text
+from sweep_space import Dimension
+
+START, END = "events.out.tfevents.0000000000.hparams", "events.out.tfevents.9999999999.hparams"
+SHOWN = ("miou", "accuracy", "depth_abs", "depth_rel")  # beside the goals
+BOOL, FLOAT, STRING = api_pb2.DATA_TYPE_BOOL, api_pb2.DATA_TYPE_FLOAT64, api_pb2.DATA_TYPE_STRING
+STATUS = {"finished": api_pb2.STATUS_SUCCESS, "stopped": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE}
+
+
+def write_hparams(trial: Trial, sweep: Sweep) -> None:
+    """Say in the trial's tensorboard folder what it tries and, unless it is unfinished, how it ended.
+
+    To be called before the trial starts or goes on, and when it has ended; any number of times. A goal that no training
+    writes (delta_m) is there once the trial has ended, by epoch instead of by step.
+    """
+    folder = sweep.dir / "trials" / trial.id / "tensorboard"
+    folder.mkdir(parents=True, exist_ok=True)
+    dimensions = sweep.dimensions
+    start = SessionStartInfo(start_time_secs=_start_time(folder))
+    for key, value in trial.parameters.items():
+        kind = _type(dimensions[key])
+        if kind == FLOAT:
+            start.hparams[key].number_value = value
+        elif kind == BOOL:
+            start.hparams[key].bool_value = value
+        else:
+            start.hparams[key].string_value = text(value)
+    _write(
+        folder / START,
+        [
+            _about(metadata.EXPERIMENT_TAG, HParamsPluginData(experiment=_experiment(sweep))),
+            _about(metadata.SESSION_START_INFO_TAG, HParamsPluginData(session_start_info=start)),
+        ],
+    )
+    if trial.status == "unfinished":
+        (folder / END).unlink(missing_ok=True)  # it failed before and is tried again
+        return
+    end = SessionEndInfo(status=STATUS[trial.status], end_time_secs=time.time())
+    events = [_about(metadata.SESSION_END_INFO_TAG, HParamsPluginData(session_end_info=end))]
+    _write(folder / END, [*events, *_own_goals(trial, sweep)])
+
+
+def _experiment(sweep: Sweep) -> api_pb2.Experiment:
+    """The columns of the tab; the same for each trial, as TensorBoard takes any one's."""
+    goals = [goal.name for goal in sweep.objective.goals]
+    return api_pb2.Experiment(
+        name=sweep.name,
+        hparam_infos=[_column(key, dimension) for key, dimension in sweep.dimensions.items()],
+        metric_infos=[
+            api_pb2.MetricInfo(name=api_pb2.MetricName(tag=f"eval/{name}"), display_name=name)
+            for name in dict.fromkeys([*goals, *SHOWN])
+        ],
+    )
+
+
+def _column(key: str, dimension: Dimension) -> api_pb2.HParamInfo:
+    kind = _type(dimension)
+    info = api_pb2.HParamInfo(name=key, type=kind, differs=True)  # columns that do not differ are hidden
+    if dimension.kind == "choice":
+        info.domain_discrete.extend(map(text, dimension.values) if kind == STRING else dimension.values)
+    else:
+        info.domain_interval.min_value, info.domain_interval.max_value = dimension.values
+    return info
+
+
+def _type(dimension: Dimension) -> Any:
+    """What all values of ``dimension`` can be shown as."""
+    values = dimension.values
+    if all(isinstance(value, bool) for value in values):
+        return BOOL
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        return FLOAT
+    return STRING
+
+
+def _own_goals(trial: Trial, sweep: Sweep) -> list[Event]:
+    """The goals that are no metric of an evaluation, which TensorBoard would otherwise not know."""
+    events = []
+    for evaluation in trial.evaluations:
+        values = zip(sweep.objective.goals, sweep.objective.values(evaluation.metrics), strict=True)
+        own = [
+            Summary.Value(tag=f"eval/{goal.name}", simple_value=value)
+            for goal, value in values
+            if goal.name not in evaluation.metrics
+        ]
+        if own:
+            events.append(Event(wall_time=time.time(), step=evaluation.epoch, summary=Summary(value=own)))
+    return events
+
+
+def _start_time(folder: Path) -> float:
+    """When the trial was first started: its parameters are written right before."""
+    file = folder.parent / "trial.json"
+    return file.stat().st_mtime if file.is_file() else time.time()
+
+
+def _about(tag: str, content: HParamsPluginData) -> Event:
+    value = Summary.Value(tag=tag, metadata=metadata.create_summary_metadata(content), tensor=metadata.NULL_TENSOR)
+    return Event(wall_time=time.time(), summary=Summary(value=[value]))
+
+
+def _write(path: Path, events: list[Event]) -> None:
+    """Replace ``path`` at once: TensorBoard may be reading."""
+    temporary = path.with_name(f"hparams.{os.getpid()}.tmp")  # a name that TensorBoard passes over
+    with temporary.open("wb") as file:
+        writer = RecordWriter(file)
+        for event in [Event(wall_time=time.time(), file_version="brain.Event:2"), *events]:
+            writer.write(event.SerializeToString())
+    temporary.replace(path)
