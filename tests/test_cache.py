@@ -99,7 +99,8 @@ def test_the_cache_may_change_when_a_run_goes_on(make_config: Callable[..., Conf
 
 
 def test_two_ranks_share_the_memory_and_decode_half_each(prepared: Path, tmp_path: Path) -> None:
-    on_two_ranks(_take_share, prepared, tmp_path)
+    own = shutil.copytree(prepared, tmp_path / "own")  # of which no other test still has a copy in memory
+    on_two_ranks(_take_share, own, tmp_path)
     alone = TrainOrder(12, batch_size=4, seed=1)
     together = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for step, batch in enumerate(take(NONE, PreparedDataset(prepared), alone, 4)):
@@ -128,10 +129,11 @@ def _take_share(prepared: Path, folder: Path) -> None:
 
 
 def test_what_does_not_fit_or_decode_is_refused_on_all_ranks(prepared: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(prepared, tmp_path / "own")  # of which no other test still has a copy in memory
     broken = shutil.copytree(prepared, tmp_path / "broken")
     shard = broken / "train-00001.tar"  # samples 4 to 7, two for each rank
     shard.write_bytes(bytes(shard.stat().st_size))
-    on_two_ranks(_be_refused, prepared, broken, tmp_path)
+    on_two_ranks(_be_refused, own, broken, tmp_path)
     needed = 12 * 32 * 48 * 6
     for rank in range(2):
         too_large, corrupt = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -203,7 +205,7 @@ def test_nothing_is_left_behind(prepared: Path, tmp_path: Path, killed: bool) ->
     assert process.stdout is not None and process.stdout.readline() == "cached\n"
     if killed:
         maps = Path(f"/proc/{process.pid}/maps").read_text()
-        assert "memfd:mtunet_dist (deleted)" in maps
+        assert "memfd:mtunet_dist-" in maps
         assert not [line for line in maps.splitlines() if "/dev/shm/" in line or str(tmp_path) in line]
         process.send_signal(signal.SIGKILL)
     process.wait(60)

@@ -26,6 +26,7 @@ from mtunet_dist.train import train
 
 MakeConfig = Callable[..., Config]
 LAUNCH = [sys.executable, str(Path(__file__).parent.parent / "launch" / "local.py"), "--nproc=2"]
+PRELOAD = ["__main__", "mtunet_dist.train", "mtunet_dist.data.dali"]
 
 
 def records(run_dir: str | Path, kind: str) -> list[dict[str, float]]:
@@ -82,10 +83,18 @@ def on_ranks(count: int, function: Callable[..., object], *args: object) -> None
     They are forked from a server that has imported everything and has no threads: starting them takes no time, and
     DALI, which does not survive a fork once it has run, has not run there.
     """
-    multiprocessing.set_forkserver_preload(["__main__", "mtunet_dist.train", "mtunet_dist.data.dali"])
+    multiprocessing.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         mp.start_processes(_rank, (store, count, function, args), nprocs=count, start_method="forkserver")
+
+
+def start(function: Callable[..., object], *args: object) -> multiprocessing.Process:
+    """``function(*args)`` in a new process, forked as those of ``on_ranks`` are; it ends with this one."""
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    process = multiprocessing.get_context("forkserver").Process(target=function, args=args, daemon=True)
+    process.start()
+    return process
 
 
 def _rank(rank: int, store: Path, count: int, function: Callable[..., object], args: tuple[object, ...]) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from torch import Tensor
 
@@ -15,21 +19,25 @@ from mtunet_dist.data.augmentation import Augmentation
 from mtunet_dist.data.batch import Pixels, as_batch, depth_scales, draws_of
 from mtunet_dist.data.broken import BrokenSamples, OnError, stand_ins
 from mtunet_dist.data.order import Order, Plan
+from mtunet_dist.data.shared_cache import digest, node_copy
 from mtunet_dist.data.splits import Split
 from mtunet_dist.data.torch_augmentation import augmented
 from mtunet_dist.errors import InputError
 from mtunet_dist.multitask import Batch
 from mtunet_dist.schema import VOID
 
+PACKAGE = Path(__file__).parent.parent
 BYTES_PER_PIXEL = 6  # RGB, label, depth
 
 
 class CachedLoader:
     """Batches of pixels kept in host memory, once per node, or with ``on_device`` on each rank's device.
 
-    All ranks construct it together; each decodes its share of the split with ``threads`` threads. Raises InputError,
-    on all ranks alike, that says how many bytes are needed and free if it does not fit, and that names a sample that
-    cannot be decoded, unless ``on_error`` is ``skip``. On a CPU device the two places are the same.
+    All ranks construct it together; each decodes its share of the split with ``threads`` threads. In host memory the
+    copy is also that of the user's other trainings on the same data (``shared_cache.py``), and nothing is decoded if
+    one of them has it. Raises InputError, on all ranks alike, that says how many bytes are needed and free if it does
+    not fit, and that names a sample that cannot be decoded, unless ``on_error`` is ``skip``. On a CPU device the two
+    places are the same.
     """
 
     def __init__(
@@ -49,7 +57,7 @@ class CachedLoader:
         what = f"data.cache={place} for {len(split)} samples of the split '{'+'.join(split.names)}'"
         if on_device:
             node_memory.raise_any(_device_shortage(what, _bytes(split), device))
-        self.stored = self._load(what, threads)
+        self.stored = self._load(what, threads, shared=not on_device or device.type == "cpu")
         if on_device:
             self.stored = Pixels(*(x.to(device) for x in self.stored))
 
@@ -82,32 +90,47 @@ class CachedLoader:
         pinned = torch.empty((len(index), *stored.shape[1:]), dtype=stored.dtype, pin_memory=True)
         return torch.index_select(stored, 0, index, out=pinned).to(self.device, non_blocking=True)
 
-    def _load(self, what: str, threads: int) -> Pixels:
-        """Decode this rank's share of the split into the memory that the node shares."""
-        split, shape = self.split, (len(self.split), self.split.info.height, self.split.info.width)
-        memory = node_memory.allocate(_bytes(split), what)
-        # Depth first: its 2-byte numbers then lie even.
-        depth, label, image = np.split(memory.data, [2 * int(np.prod(shape)), 3 * int(np.prod(shape))])
-        stored = (image.reshape(*shape, 3), label.reshape(shape), depth.view(np.uint16).reshape(shape))
-
-        def decode(i: int) -> tuple[int, str] | None:
-            try:
-                raw = split.decode(i)
-            except InputError as error:
-                stored[1][i] = VOID  # image and depth stay 0
-                return i, str(error)
-            for array, pixels in zip(stored, (raw.rgb, raw.label, raw.depth), strict=True):
-                array[i] = pixels
-            return None
-
-        with ThreadPoolExecutor(max(threads, 1)) as pool:
-            broken = [b for b in pool.map(decode, range(memory.member, len(split), memory.members)) if b is not None]
-        # Also a barrier: from here on every rank reads what the others decoded.
-        found = dict(sorted(b for share in distributed.everyone(broken) for b in share))
-        for position, reason in found.items():
+    def _load(self, what: str, threads: int, *, shared: bool) -> Pixels:
+        """The whole split in the memory that the node shares, decoded if need be."""
+        split = self.split
+        positions, decode = range(len(split)), partial(_decode, split)
+        key = _content(split) if shared else None
+        data, broken = node_copy(_bytes(split), positions, decode, key=key, threads=threads, what=what)
+        for position, reason in broken.items():
             self.broken.add(position, reason, warn=distributed.is_main())
-        image, label, depth = stored
-        return Pixels(*map(torch.from_numpy, (image, label, depth.view(np.int16))))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor does anyone write to it
+            image, label, depth = _arrays(split, data)
+            return Pixels(*map(torch.from_numpy, (image, label, depth.view(np.int16))))
+
+
+def _decode(split: Split, data: np.ndarray, i: int) -> str | None:
+    """Put sample ``i`` into ``data``, uint8 (bytes,) of zeros; or why it cannot be decoded."""
+    stored = _arrays(split, data)
+    try:
+        raw = split.decode(i)
+    except InputError as error:
+        stored[1][i] = VOID  # image and depth stay 0
+        return str(error)
+    for array, pixels in zip(stored, (raw.rgb, raw.label, raw.depth), strict=True):
+        array[i] = pixels
+    return None
+
+
+def _arrays(split: Split, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Views of ``data``: image uint8 (N, H, W, 3), label uint8 (N, H, W), depth uint16 (N, H, W)."""
+    shape = (len(split), split.info.height, split.info.width)
+    # Depth first: its 2-byte numbers then lie even.
+    depth, label, image = np.split(data, [2 * int(np.prod(shape)), 3 * int(np.prod(shape))])
+    return image.reshape(*shape, 3), label.reshape(shape), depth.view(np.uint16).reshape(shape)
+
+
+def _content(split: Split) -> str:
+    """Equal where decoding gives equal pixels: the same files, unchanged, decoded by the same code."""
+    files = [(split.root / shard.file).stat() for shard in split.shards]
+    code = [path.read_text() for folder in ("data", "sources") for path in sorted((PACKAGE / folder).glob("*.py"))]
+    which = [[file.st_dev, file.st_ino, file.st_mtime_ns] for file in files]
+    return digest(split.fingerprint, which, sys.prefix, PIL.__version__, code)
 
 
 def _bytes(split: Split) -> int:

@@ -1,17 +1,9 @@
-"""Memory that the ranks of one node share, and how much of it there is.
-
-It is an anonymous file (``memfd_create``): no name in /dev/shm, so no limit of a container's /dev/shm, and nothing
-that could be left behind however the processes end.
-"""
+"""Which ranks share a node, and how much memory is left there."""
 
 from __future__ import annotations
 
-import mmap
 import os
-from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from mtunet_dist import distributed
 from mtunet_dist.errors import InputError
@@ -19,44 +11,16 @@ from mtunet_dist.errors import InputError
 MARGIN = 0.9  # the share of free memory that may be taken
 
 
-@dataclass(frozen=True)
-class NodeMemory:
-    """Zeroed memory, uint8 (size,), mapped by all ``members`` ranks of a node, of which this is number ``member``."""
-
-    data: np.ndarray
-    member: int
-    members: int
+def node() -> tuple[str, int, int]:
+    """Equal for processes that can reach each other's files in /proc: same boot, process namespace and user."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return boot, Path("/proc/self/ns/pid").stat().st_ino, os.getuid()
 
 
-def allocate(size: int, what: str) -> NodeMemory:
-    """Share ``size`` bytes among the ranks of each node; all ranks call it together.
-
-    Raises InputError, on all ranks alike, that begins with ``what`` if a node has not so much memory left.
-    """
-    rank = distributed.rank()
-    nodes = distributed.everyone(_node())
-    members = [r for r, node in enumerate(nodes) if node == nodes[rank]]
-    leader = members[0]
-    problem, descriptor = None, -1
-    if rank == leader:
-        problem = shortage(what, size, free_memory(), "memory")
-        if problem is None:
-            descriptor = os.memfd_create("mtunet_dist")
-            os.ftruncate(descriptor, size)
-    raise_any(problem)
-    owner, number = distributed.everyone((os.getpid(), descriptor))[leader]
-    # The leader's open file, by way of its process; its pages live as long as anyone maps them.
-    data = np.empty(0, dtype=np.uint8)
-    try:
-        own = os.open(f"/proc/{owner}/fd/{number}", os.O_RDWR)
-        data = np.frombuffer(mmap.mmap(own, size), dtype=np.uint8)
-        os.close(own)
-    except OSError as error:
-        problem = f"{what}: rank {rank} cannot share memory with rank {leader} of its node: {error.strerror}"
-    raise_any(problem)  # and from here on all have mapped it
-    if rank == leader:
-        os.close(descriptor)
-    return NodeMemory(data, members.index(rank), len(members))
+def ranks_of_node() -> list[int]:
+    """The ranks that can share memory with this one, itself among them; all ranks call it together."""
+    nodes = distributed.everyone(node())
+    return [rank for rank, other in enumerate(nodes) if other == nodes[distributed.rank()]]
 
 
 def raise_any(problem: str | None) -> None:
@@ -101,9 +65,3 @@ def _left_in(group: Path, limit: str, usage: str, cache: str, otherwise: int) ->
     except OSError:
         return otherwise
     return otherwise if most == "max" else int(most) - used + int(statistics.get(cache, 0))
-
-
-def _node() -> tuple[str, int, int]:
-    """Equal for processes that can reach each other's files in /proc: same boot, process namespace and user."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return boot, Path("/proc/self/ns/pid").stat().st_ino, os.getuid()
