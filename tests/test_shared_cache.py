@@ -38,7 +38,9 @@ def data(prepared: Path, tmp_path: Path) -> Path:
     return shutil.copytree(prepared, tmp_path / "data")
 
 
-def load(root: Path, on_error: str = "skip", *, slow: bool = False) -> tuple[CachedLoader, list[int]]:
+def load(
+    root: Path, on_error: str = "skip", device: torch.device = CPU, *, slow: bool = False
+) -> tuple[CachedLoader, list[int]]:
     """A loader of the whole split, and which samples it decoded for that."""
     split, decoded = PreparedDataset(root).split("train"), []
     decode = split.decode
@@ -50,7 +52,7 @@ def load(root: Path, on_error: str = "skip", *, slow: bool = False) -> tuple[Cac
 
     split.decode = counted  # type: ignore[method-assign]
     order = EvalOrder(len(split), batch_size=4, rank=distributed.rank(), world_size=distributed.world_size())
-    loader = CachedLoader(split, order, CPU, on_error=on_error)  # type: ignore[arg-type]
+    loader = CachedLoader(split, order, device, on_device=device != CPU, on_error=on_error)  # type: ignore[arg-type]
     return loader, sorted(decoded)
 
 
@@ -220,6 +222,16 @@ def test_only_what_is_complete_and_ours_and_of_the_same_files_is_taken(
     (data / "train-00002.tar").touch()
     assert load(data)[1] == ALL
     assert plain(first) == plain(second)
+
+
+def test_what_only_passes_through_memory_on_its_way_to_a_device_is_not_shared(data: Path) -> None:
+    elsewhere, decoded = load(data, device=torch.device("meta"))
+    assert decoded == ALL
+    assert {x.device.type for x in elsewhere.stored} == {"meta"}
+    first, decoded = load(data)
+    assert decoded == ALL
+    assert load(data, device=torch.device("meta"))[1] == ALL
+    assert first.stored.image.any()
 
 
 def test_nobody_can_write_to_a_copy(data: Path) -> None:
