@@ -191,7 +191,7 @@ def check_sweep(site: Site, job: str, name: str, trials: int, epochs: int) -> No
     with (site.folder / name / "results.csv").open(encoding="utf-8") as file:
         rows = [(row["status"], row["epoch"]) for row in csv.DictReader(file)]
     assert rows == [("finished", str(epochs))] * trials
-    assert not Path(f"/tmp/mt{job}").exists()
+    assert not list(Path("/tmp").glob(f"mt{job}.*"))
     logs = [path.read_text(encoding="utf-8") for path in (site.folder / name / "trials").glob("*/log.txt")]
     assert [text.count("; starting;") for text in logs] == [1] * trials
 
