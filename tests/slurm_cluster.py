@@ -114,6 +114,18 @@ class SlurmCluster:
         for pid in [*filter(None, [daemon]), *steps, *(child for step in steps for child in _descendants(step))]:
             _kill(pid)
 
+    def kill(self, program: str, argument: str) -> None:
+        """Kill the processes of a name that have ``argument`` in their command; waits for the first."""
+        found: list[int] = []
+
+        def find() -> bool:
+            found[:] = [p for p in self.processes() if _name(p) == program and argument.encode() in _read(p, "cmdline")]
+            return bool(found)
+
+        wait_for(find, lambda: f"no {program} {argument}", 120)
+        for pid in found:
+            _kill(pid)
+
     def processes(self) -> list[int]:
         """Everything that this cluster has started and that still runs: it has the name of our slurm.conf."""
         mark = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode()

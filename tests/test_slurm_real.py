@@ -187,13 +187,17 @@ def submit_sweep(site: Site, name: str, rates: list[float], epochs: int, *option
 
 
 def check_sweep(site: Site, job: str, name: str, trials: int, epochs: int) -> None:
-    """All its trials were trained to the end, each started once, and its Ray is gone."""
+    """All its trials were trained to the end, and its Ray is gone."""
     with (site.folder / name / "results.csv").open(encoding="utf-8") as file:
         rows = [(row["status"], row["epoch"]) for row in csv.DictReader(file)]
     assert rows == [("finished", str(epochs))] * trials
     assert not list(Path("/tmp").glob(f"mt{job}.*"))
-    logs = [path.read_text(encoding="utf-8") for path in (site.folder / name / "trials").glob("*/log.txt")]
-    assert [text.count("; starting;") for text in logs] == [1] * trials
+
+
+def starts(site: Site, name: str) -> list[int]:
+    """How often each trial of a sweep was started from its beginning."""
+    logs = (site.folder / name / "trials").glob("*/log.txt")
+    return [log.read_text(encoding="utf-8").count("; starting;") for log in logs]
 
 
 def test_a_sweep_over_two_nodes_survives_the_end_of_its_script(site: Site) -> None:
@@ -206,18 +210,24 @@ def test_a_sweep_over_two_nodes_survives_the_end_of_its_script(site: Site) -> No
     ended = site.slurm.wait(job, "COMPLETED", "FAILED")
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
     check_sweep(site, job, "tiny", 3, 4)
+    assert starts(site, "tiny") == [1] * 3
 
 
-def test_two_sweeps_share_their_nodes(site: Site) -> None:
-    """Ports, folders and tokens are each job's own."""
+def test_two_sweeps_share_their_nodes_and_one_loses_its_ray(site: Site) -> None:
+    """Ports, folders and tokens are each job's own. Where Ray dies on a node the sweep goes on in a new one."""
     nodes = f"--nodelist={','.join(slurm_cluster.NODES[:2])}"
     jobs = {name: submit_sweep(site, name, [1e-3, 1e-2], 3, nodes) for name in ("one", "other")}
     logs = {name: site.folder / f"mtunet-sweep-{job}.log" for name, job in jobs.items()}
     for log in logs.values():  # both at work, before either ends
         wait_for(lambda log=log: log.is_file() and "trial " in log.read_text(), log.read_text, 240)
+    site.slurm.kill("raylet", f"/tmp/mt{jobs['one']}.1/")
     for name, job in jobs.items():
-        assert site.slurm.wait(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", logs[name].read_text()
+        ended = site.slurm.wait(job, "COMPLETED", "FAILED")
+        assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", str(int(name == "one"))), logs[name].read_text()
         check_sweep(site, job, name, 2, 3)
+    assert starts(site, "other") == [1] * 2
+    assert "Ray on n2 ended at " in logs["one"].read_text()
+    assert "raylet" in (site.folder / f"mtunet-sweep-{jobs['one']}.ray-n2.log").read_text()
 
 
 def test_a_job_over_its_time_limit_goes_on(site: Site, over_time: str, whole: checkpoint.State) -> None:
