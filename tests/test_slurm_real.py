@@ -216,15 +216,15 @@ def test_a_sweep_over_two_nodes_survives_the_end_of_its_script(site: Site) -> No
 def test_two_sweeps_share_their_nodes_and_one_loses_its_ray(site: Site) -> None:
     """Ports, folders and tokens are each job's own. Where Ray dies on a node the sweep goes on in a new one."""
     nodes = f"--nodelist={','.join(slurm_cluster.NODES[:2])}"
-    jobs = {name: submit_sweep(site, name, [1e-3, 1e-2], 3, nodes) for name in ("one", "other")}
+    epochs = {"one": 12, "other": 3}
+    jobs = {name: submit_sweep(site, name, [1e-3, 1e-2], count, nodes) for name, count in epochs.items()}
     logs = {name: site.folder / f"mtunet-sweep-{job}.log" for name, job in jobs.items()}
-    for log in logs.values():  # both at work, before either ends
-        wait_for(lambda log=log: log.is_file() and "trial " in log.read_text(), log.read_text, 240)
+    wait_for(lambda: logs["one"].is_file() and "trial " in logs["one"].read_text(), logs["one"].read_text, 240)
     site.slurm.kill("raylet", f"/tmp/mt{jobs['one']}.1/")
     for name, job in jobs.items():
         ended = site.slurm.wait(job, "COMPLETED", "FAILED")
         assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", str(int(name == "one"))), logs[name].read_text()
-        check_sweep(site, job, name, 2, 3)
+        check_sweep(site, job, name, 2, epochs[name])
     assert starts(site, "other") == [1] * 2
     assert "Ray on n2 ended at " in logs["one"].read_text()
     assert "raylet" in (site.folder / f"mtunet-sweep-{jobs['one']}.ray-n2.log").read_text()
