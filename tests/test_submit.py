@@ -185,8 +185,8 @@ def test_a_sweep_is_checked_and_finds_its_config(config_file: Path, tmp_path: Pa
     script, text = submit.write(work, Options(signal_s=300))
     assert text.count("#SBATCH --signal=") == 2 and "#SBATCH --signal=B:USR1@300\n" in text  # the script alone gets it
     assert text.count(f"set -- {script.with_suffix('.yaml')}\n") == 1
-    with pytest.raises(InputError, match="gpus_per_trial=1"):
-        submit.sweep_work([str(file), "gpus_per_trial=1"], Options())
+    with pytest.raises(InputError, match="gpus_per_worker=1"):
+        submit.sweep_work([str(file), "gpus_per_worker=1"], Options())
 
 
 def test_a_chain_of_jobs_is_recorded_with_config_and_code(

@@ -12,10 +12,16 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from mtunet_dist.errors import InputError
+from mtunet_dist.folder_lock import lock_folder
+
+PATIENCE_S = 120.0  # for another process to leave a run folder, or to write a checkpoint there
 
 Status = Literal["finished", "stopped", "failed", "unfinished"]
 
@@ -57,6 +63,20 @@ class Trial:
 def trial_folder(sweep: Path, number: int) -> Path:
     """Where trial ``number`` of the sweep in the folder ``sweep`` lives."""
     return sweep / "trials" / f"{number:05d}"
+
+
+def wait_for_folder(folder: Path) -> None:
+    """Return when no process trains in the run folder: the one that Tune ended before may still be ending."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            lock_folder(folder, "busy").close()
+        except InputError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            return
 
 
 def read_trials(sweep: Path) -> list[Trial]:

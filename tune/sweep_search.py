@@ -78,6 +78,7 @@ class OptunaSearch(Searcher):  # type: ignore[misc]
         self.sweep = sweep
         self.ids: dict[str, str] = {}  # of Tune -> ours
         self.asked: dict[str, optuna.trial.Trial] = {}  # ours -> Optuna's, of those that run
+        self.reported: set[tuple[str, int]] = set()  # trial and epoch; a trial that starts again repeats some
         before = read_trials(sweep.dir)
         # Another seed each time, as the first trials are random ones and would come again.
         sampler = optuna.samplers.TPESampler(
@@ -117,9 +118,11 @@ class OptunaSearch(Searcher):  # type: ignore[misc]
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """An evaluation: TPE learns from it if the trial is stopped later."""
-        value = result.get(OBJECTIVE, math.nan)
-        if len(self.study.directions) == 1 and not math.isnan(value):
-            self.asked[self.ids[trial_id]].report(value, result["epoch"])
+        name, value = self.ids[trial_id], result.get(OBJECTIVE, math.nan)
+        if len(self.study.directions) > 1 or math.isnan(value) or (name, result["epoch"]) in self.reported:
+            return
+        self.reported.add((name, result["epoch"]))
+        self.asked[name].report(value, result["epoch"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Finished, stopped or failed."""

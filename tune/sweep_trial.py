@@ -17,14 +17,11 @@ from ray import tune
 from mtunet_dist import checkpoint, resume
 from mtunet_dist.config import Config, config_from_text
 from mtunet_dist.errors import InputError, MTUNetError
-from mtunet_dist.folder_lock import lock_folder
 from mtunet_dist.train import train
 from sweep_config import Sweep, steps_per_epoch, trial_config
-from sweep_folder import Exploit, Trial, read_trial, write_exploit, write_outcome
+from sweep_folder import PATIENCE_S, Exploit, Trial, read_trial, wait_for_folder, write_exploit, write_outcome
 from sweep_search import OBJECTIVE, active_parameters
 from sweep_workers import train_with_workers
-
-PATIENCE_S = 120.0  # for the process before to leave the run folder, and for another trial's checkpoint to be written
 
 
 def make_trainable(sweep: Sweep, base: Path) -> Callable[[dict[str, Any]], None]:
@@ -129,17 +126,3 @@ def written(config: Config, step: int) -> None:
         if time.monotonic() > deadline:
             raise MTUNetError(f"{file} is not written after {PATIENCE_S:.0f} s")
         time.sleep(0.01)
-
-
-def wait_for_folder(folder: Path) -> None:
-    """Return when no process trains in the run folder: the one that Tune ended before may still be ending."""
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            lock_folder(folder, "busy").close()
-        except InputError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
-        else:
-            return

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,10 +23,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mtunet_dist.config import Config
 from mtunet_dist.errors import PATIENCE_S, InputError, MTUNetError
-from mtunet_dist.folder_lock import lock_folder
 from mtunet_dist.train import OnEval, train
-
-RELEASE_S = 60.0  # that the workers of an attempt before may take to end
+from sweep_folder import wait_for_folder
 
 
 class WorkerLostError(RuntimeError):
@@ -54,7 +51,7 @@ def train_with_workers(
     any process, and WorkerLostError when one dies: the same call then goes on from the newest checkpoint. No process
     is left at the end.
     """
-    _wait_for_release(Path(config.run_dir))
+    wait_for_folder(Path(config.run_dir))  # processes of an attempt before end at once, but not before their trial
     address = ray.util.get_node_ip_address()
     # On a free port.
     store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
@@ -154,16 +151,3 @@ def _cause(first: Exception, rank: int, waiting: Mapping[Any, int]) -> Exception
         if isinstance(failure, RayActorError):
             return WorkerLostError(f"worker {lost} was lost: {' '.join(str(failure).split())}")
     return first
-
-
-def _wait_for_release(folder: Path) -> None:
-    """Until no process of an attempt before has the run folder: they end at once, but not before their trial does."""
-    deadline = time.monotonic() + RELEASE_S
-    while True:
-        try:
-            lock_folder(folder, f"another training is writing to {folder}").close()
-            return
-        except InputError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
