@@ -24,11 +24,12 @@ TRIALS = {"stopped": ["epochs=1000"], "killed": []}  # with settings of their ow
 
 
 def trained_by(log: Path) -> list[int]:
-    """The processes that write to ``log``."""
+    """The workers that write to ``log``."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if (process / "fd" / "1").readlink() == log:
+            ours = (process / "cmdline").read_bytes().startswith(b"ray::Worker")  # not their children
+            if ours and (process / "fd" / "1").readlink() == log:
                 found.append(int(process.name))
         except OSError:
             continue
@@ -45,7 +46,7 @@ def trial(parameters: dict[str, Any], folder: Path, overrides: list[str]) -> Non
         assert steps_done(run_dir) == step  # the training waits
         if name == "killed" and step == 6 and not outcome.exists():
             wait_until(lambda: checkpoint.latest(run_dir / "checkpoints") is not None)
-            os.kill(trained_by(log)[1], signal.SIGKILL)
+            os.kill(trained_by(log)[-1], signal.SIGKILL)
             outcome.write_text("killed")
         tune.report({"name": name, "step": step, "stop": int(name == "stopped")})
 

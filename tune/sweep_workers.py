@@ -1,7 +1,10 @@
 """A trial of several processes: inside Tune what ``torchrun -m mtunet_dist.train`` is outside, with the same result.
 
 Each process is an actor in a bundle of the trial's own placement group, so that all of them end with the trial, however
-it ends, and what they held is free again. The trial itself only waits, as torchrun's agent does.
+it ends, and what they held is free again. The trial itself only waits, as torchrun's agent does. Ray Train is not used:
+it reserves a second placement group, which outlives a trial that Tune stops, and the next trial then waits for ever.
+
+Import sweep_ray first: it sets what Ray reads when it is imported.
 """
 
 from __future__ import annotations
