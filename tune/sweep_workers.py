@@ -128,7 +128,7 @@ def _follow(actors: Sequence[Any], on_eval: OnEval) -> dict[str, float]:
         try:
             answer = ray.get(ready)
         except (RayTaskError, RayActorError) as error:
-            raise _cause(error, rank, waiting) from None
+            raise _cause(error, rank, waiting) from error
         if isinstance(answer, tuple):
             on_eval(*answer)
             waiting[actors[rank].advance.remote()] = rank
@@ -152,5 +152,5 @@ def _cause(first: Exception, rank: int, waiting: Mapping[Any, int]) -> Exception
             return failure.cause
     for lost, failure in failures.items():
         if isinstance(failure, RayActorError):
-            return WorkerLostError(f"worker {lost} was lost: {' '.join(str(failure).split())}")
+            return WorkerLostError(f"rank {lost} of the trial was lost: {str(failure).splitlines()[0]}")
     return first
