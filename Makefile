@@ -31,6 +31,7 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=tune $(BIN)/mypy benchmarks/sweep.py
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

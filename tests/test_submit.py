@@ -177,8 +177,8 @@ def test_words_of_reproduce_are_passed_on() -> None:
 
 def test_a_sweep_is_checked_and_finds_its_config(config_file: Path, tmp_path: Path) -> None:
     file = tmp_path / "sweep.yaml"
-    space = {"optim.lr": {"grid": [0.1, 0.2]}}
-    sweep = {"name": "s", "run_dir": str(tmp_path / "s"), "config": "tiny.yaml", "space": space, "metric": "miou"}
+    space = {"optim.lr": {"choice": [0.1, 0.2]}}
+    sweep = {"name": "s", "run_dir": str(tmp_path / "s"), "config": "tiny.yaml", "space": space, "searcher": "grid"}
     file.write_text(yaml.safe_dump(sweep))
     work = submit.sweep_work([str(file)], Options())
     assert (work.template, yaml.safe_load(work.config)["config"]) == ("sweep.sbatch", str(config_file))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -68,11 +69,12 @@ def test_a_space_may_nest_or_use_dots_and_values_survive_exactly(sweep_file: Pat
     assert (config.optim.lr, config.weighting["name"], config.run_dir) == (lr, "fixed", "runs/a b")
     assert config.data.augment.scales == (1.0, 1.5)
     assert config.optim.name == "sgd"  # of the base
-    longer = load_sweep(sweep_file, ["epochs=7", "overrides=[]"])
+    longer = load_sweep(sweep_file, ["epochs=7", "overrides=[data.root=a]"])
     assert trial_config(longer, find_config(longer, sweep_file), {}, Path("a")).epochs == 7
 
 
 RANDOM = ["searcher=random", "trials=2"]
+PBT = ["scheduler=pbt", "max_concurrent=0"]
 
 
 @pytest.mark.parametrize(
@@ -108,15 +110,16 @@ RANDOM = ["searcher=random", "trials=2"]
         ),
         (["scheduler=asha", "asha.grace_epochs=9"], ["asha.grace_epochs=9", "epochs=2"]),
         (["scheduler=asha", "space.eval_every_epochs.choice=[0]"], ["eval_every_epochs=0", "last"]),
-        (["scheduler=pbt", "searcher=optuna", "trials=4"], ["pbt", "searcher=random"]),
-        (["scheduler=pbt", "space.optim.lr.choice=[0.1]"], ["compares trials", "there is 1"]),
+        (["scheduler=pbt"], ["take turns", "max_concurrent must be 0"]),
+        ([*PBT, "searcher=optuna", "trials=4"], ["pbt", "searcher=random"]),
+        ([*PBT, "space.optim.lr.choice=[0.1]"], ["compares trials", "there is 1"]),
         (
-            ["scheduler=pbt", "space.optim.name.choice=[adam,sgd]"],
+            [*PBT, "space.optim.name.choice=[adam,sgd]"],
             ["space.optim.name cannot change", "optim.accumulate"],
         ),
-        (["scheduler=pbt", "space.model.dropout.choice=[0.1,0.2]"], ["space.model.dropout cannot change"]),
+        ([*PBT, "space.model.dropout.choice=[0.1,0.2]"], ["space.model.dropout cannot change"]),
         (
-            ["scheduler=pbt", "space.checkpoint.every_epochs.choice=[2]"],
+            [*PBT, "space.checkpoint.every_epochs.choice=[2]"],
             ["space.checkpoint.every_epochs cannot change"],
         ),
         (["config=none.yaml"], ["config=none.yaml", "neither"]),
@@ -241,7 +244,8 @@ def test_population_based_training_changes_running_trials(sweep_file: Path, tmp_
         "pbt": {"quantile": 0.5, "resample": 0.0},
         "trials": 2,
         "epochs": 4,
-        "seed": 1,
+        "max_concurrent": 0,
+        "cpus_per_worker": os.cpu_count(),  # one at a time: they take turns
         "overrides": [*overrides, "weighting.name=fixed"],
         "space": {"optim.lr": {"loguniform": [1e-6, 1e-2]}, "weighting.weights": {"share": [0.3, 0.7]}},
     }
@@ -252,7 +256,7 @@ def test_population_based_training_changes_running_trials(sweep_file: Path, tmp_
     assert [trial.status for trial in trials] == ["finished", "finished"]
     (changed,) = [trial for trial in trials if trial.history]
     source = next(trial for trial in trials if trial is not changed)
-    exploit = changed.history[0]
+    exploit = changed.history[-1]
     assert exploit.source == source.id
     for key, value in exploit.parameters.items():
         factor = value / source.parameters[key]

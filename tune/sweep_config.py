@@ -125,6 +125,8 @@ def _check_parts(sweep: Sweep) -> None:
         return
     if sweep.searcher == "optuna":
         raise InputError("scheduler=pbt searches by itself; use searcher=random for where it begins")
+    if sweep.max_concurrent:
+        raise InputError("scheduler=pbt lets all trials take turns; max_concurrent must be 0")
     if sweep.count < 2:
         raise InputError(f"scheduler=pbt compares trials, and there is {sweep.count}")
     for key, dimension in sweep.dimensions.items():

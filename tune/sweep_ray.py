@@ -32,7 +32,7 @@ from rich.console import Console
 
 from sweep_live import Progress, WallTime
 from sweep_search import OBJECTIVE, scheduler_of, search
-from sweep_trial import make_trainable
+from sweep_trial import OFFERED, make_trainable
 from sweep_workers import resources
 
 STATE = "ray_tune"  # in the folder of the sweep, while it runs: what Tune writes
@@ -75,6 +75,9 @@ def run_trials(sweep: Sweep, base: Path, epochs: int, address: str | None, conso
             ),
         ).fit()
     shutil.rmtree(state, ignore_errors=True)
+    if not clock.over:
+        for offered in sweep.dir.glob(f"trials/*/{OFFERED}"):
+            shutil.rmtree(offered, ignore_errors=True)
     return not clock.over
 
 

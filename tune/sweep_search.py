@@ -303,6 +303,13 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
             state.last_perturbation_time = before.last.epoch // interval * interval
             state.last_train_time = before.last.epoch
 
+    def _checkpoint_or_exploit(self, trial: Any, tune_controller: Any, upper: list[Any], lower: list[Any]) -> None:
+        """Compare. Tune knows a checkpoint only of those that were among the best when they last reported."""
+        for other in upper:
+            if self._trial_state[other].last_checkpoint is None:
+                self._trial_state[other].last_checkpoint = other.checkpoint
+        super()._checkpoint_or_exploit(trial, tune_controller, upper, lower)
+
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """The parameters of the other, changed, under the trial's own id."""
         config, operations = super()._get_new_config(trial, trial_to_clone)

@@ -23,6 +23,9 @@ from sweep_folder import PATIENCE_S, Exploit, Trial, read_trial, wait_for_folder
 from sweep_search import OBJECTIVE, active_parameters
 from sweep_workers import train_with_workers
 
+OFFERED = "offered"  # in the run folder: checkpoints for other trials, by a second name of the same file
+KEPT = 3  # of them
+
 
 def make_trainable(sweep: Sweep, base: Path) -> Callable[[dict[str, Any]], None]:
     """What Ray runs in a process per trial. Its config has the trial's id, see ``sweep_search.search``."""
@@ -64,8 +67,8 @@ def train_reporting(sweep: Sweep, config: Config, log: Path) -> dict[str, float]
 
     def on_eval(step: int, metrics: dict[str, float]) -> None:
         if step < config.epochs * steps:
-            if sweep.scheduler == "pbt":  # which may stop the trial and start it again from here
-                written(config, step)
+            if sweep.scheduler == "pbt":  # which may stop the trial, and start it or another again from here
+                offer(config, step)
             report(sweep, config, step // steps, metrics)
 
     if sweep.workers_per_trial > 1:
@@ -98,8 +101,9 @@ def take_over(sweep: Sweep, trial: Trial, parameters: dict[str, Any], config: Co
         if pointer["trial"] != trial.id and parameters != known:  # else it was done before a process was lost
             source = sweep.dir / "trials" / pointer["trial"]
     if source is not None:
-        file = newest_checkpoint(source)
-        epoch = checkpoint.step_of(file) // steps_per_epoch(config)
+        steps = steps_per_epoch(config)
+        file = offered(source, pointer["epoch"] * steps)
+        epoch = checkpoint.step_of(file) // steps
         # First the note: a process that is lost between the two goes on with the new parameters.
         write_exploit(folder, Exploit(epoch, source.name, parameters))
         resume.adopt(file, config)
@@ -110,19 +114,24 @@ def take_over(sweep: Sweep, trial: Trial, parameters: dict[str, Any], config: Co
         resume.adopt(own, config)
 
 
-def newest_checkpoint(folder: Path) -> Path:
-    """The newest readable checkpoint of another trial, which may be pruning at the moment."""
-    file = checkpoint.latest(folder / "checkpoints")
-    if file is None:
-        raise InputError(f"{folder} has no checkpoint to go on from")
-    return file
-
-
-def written(config: Config, step: int) -> None:
-    """Return when the checkpoint of ``step`` is on disk. Raises MTUNetError if that takes too long."""
-    file = checkpoint.path_of(Path(config.run_dir) / "checkpoints", step)
+def offer(config: Config, step: int) -> None:
+    """Keep the checkpoint of ``step`` for other trials. Raises MTUNetError if it takes too long to be written."""
+    run_dir = Path(config.run_dir)
+    file = checkpoint.path_of(run_dir / "checkpoints", step)
     deadline = time.monotonic() + PATIENCE_S
     while not file.is_file():
         if time.monotonic() > deadline:
             raise MTUNetError(f"{file} is not written after {PATIENCE_S:.0f} s")
         time.sleep(0.01)
+    (run_dir / OFFERED).mkdir(exist_ok=True)
+    checkpoint.publish(file, run_dir / OFFERED / file.name)
+    for old in checkpoint.by_age(run_dir / OFFERED)[KEPT:]:
+        old.unlink()
+
+
+def offered(folder: Path, step: int) -> Path:
+    """The checkpoint of ``step`` that the trial in ``folder`` offers; if it is there no more, the next newer one."""
+    files = checkpoint.by_age(folder / OFFERED)
+    if not files:
+        raise InputError(f"{folder} has no checkpoint to go on from")
+    return next((file for file in reversed(files) if checkpoint.step_of(file) >= step), files[0])
