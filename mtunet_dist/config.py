@@ -63,8 +63,8 @@ class DataConfig:
     loader: Literal["dali", "torch"] = "dali"
     threads: int = 2  # decoding threads (dali) or worker processes (torch) per rank
     prefetch: int = 2  # batches in flight per rank
-    # Decode once and keep the pixels, 6 bytes each, in memory that a node's ranks share, or on each rank's device.
-    # Decodes with PIL whatever the loader is; augmentation stays per step.
+    # Decode once and keep the pixels, 6 bytes each, in memory that a node's ranks and trainings share, or on each
+    # rank's device. Decodes with PIL whatever the loader is; augmentation stays per step.
     cache: Literal["none", "host", "device"] = "none"
     on_error: Literal["stop", "skip"] = (
         "stop"  # when a sample cannot be decoded; skip: warn, count, learn nothing of it

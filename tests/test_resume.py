@@ -56,6 +56,28 @@ def test_more_epochs_continue_a_finished_run(make_config: MakeConfig, tmp_path: 
     assert [r["step"] for r in records(tmp_path / "run", "train")] == [3, 6, 9]
 
 
+def test_a_run_goes_on_from_anothers_checkpoint_with_its_own_settings(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Nothing of what it did before counts, but its records up to there."""
+    other, ours = make_config("epochs=2"), tmp_path / "ours"
+    train(other)
+    train(make_config("epochs=3", f"run_dir={ours}", "optim.lr=1e-9"))
+    config = make_config("epochs=3", f"run_dir={ours}", "optim.lr=1e-4")
+    with pytest.raises(InputError, match=r"optim\.lr=1e-09 \(now 0\.0001\)"):
+        train(config)
+    source = checkpoint.path_of(tmp_path / "run" / "checkpoints", 6)
+    resume.adopt(source, config)
+    bests = [checkpoint.load(folder / "best.pt")["best"] for folder in (ours / "checkpoints", source.parent)]
+    assert bests[0] == bests[1]
+    train(config)
+    assert [r["step"] for r in records(ours, "train")] == [3, 6, 9]
+    assert [r["lr"] for r in records(ours, "train")] == [1e-9, 1e-9, 1e-4]
+
+    again = make_config("epochs=3", f"run_dir={tmp_path / 'again'}", "optim.lr=1e-4")
+    resume.adopt(source, again)
+    train(again)
+    assert_same_state(final_state(tmp_path / "again"), final_state(ours))
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_resume_in_mid_epoch_ends_with_the_same_bits(make_config: MakeConfig, tmp_path: Path, accumulate: int) -> None:
     settings = [*EVERYTHING, "checkpoint.keep=99", f"optim.accumulate={accumulate}"]

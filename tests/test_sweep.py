@@ -222,7 +222,7 @@ def test_optuna_and_asha_survive_a_lost_worker_and_ctrl_c(sweep_file: Path, tmp_
     rows = {row["trial"]: row for row in read_csv(tmp_path / "sweep" / "results.csv")}
     assert sorted(rows) == ["00000", "00001", "00002", "00003"]
     assert {row["status"] for row in rows.values()} <= {"finished", "stopped"}
-    assert "trial 00000" in lost and rows["00000"]["epoch"] == "3"
+    assert "trial 00000" in lost and "ActorDied" in lost and rows["00000"]["epoch"] == "3"
     assert logs_of(tmp_path / "sweep")["00000"].count("; resuming at step ") == 1
 
     file.write_text(file.read_text(encoding="utf-8").replace("trials: 4", "trials: 6"), encoding="utf-8")

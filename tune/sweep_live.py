@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import pickle
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -95,7 +97,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """A lost process, which Tune starts again."""
-        self._say(trial, f"starts again after {reason(trial.get_error())}")
+        self._say(trial, f"starts again after {reason(trial)}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Finished or failed, as its process has noted; else stopped by the scheduler, or because the time is up."""
@@ -106,7 +108,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Lost for good."""
-        write_outcome(self._folder(trial), "failed", reason(trial.get_error()))
+        write_outcome(self._folder(trial), "failed", reason(trial))
         self._ended(trial)
 
     def _ended(self, trial: Any) -> None:
@@ -155,8 +157,12 @@ class Progress(tune.Callback):  # type: ignore[misc]
         return math.isnan(value), -value if self.goals[0].mode == "max" else value
 
 
-def reason(error: BaseException | None) -> str:
-    """One line: what the trial raised, or how its process died."""
+def reason(trial: Any) -> str:
+    """One line: what a Tune trial raised last, or how its process died."""
+    file = Path(trial.pickled_error_file)  # Tune's own way looks where it has not yet been copied to
+    if not file.is_file():
+        return "no error that Tune has kept"
+    error = pickle.loads(file.read_bytes())
     cause = getattr(error, "cause", None) or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"
