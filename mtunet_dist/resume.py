@@ -95,17 +95,17 @@ def save(run: Run, *, best: bool, wait: bool) -> None:
         distributed.decide(run.writer.wait)
 
 
-def adopt(file: Path, config: Config) -> None:
+def adopt(file: Path, config: Config, best: Path | None = None) -> None:
     """Make the run folder of ``config`` go on from the checkpoint ``file`` in another run folder, or its own.
 
     With the settings of ``config``, which must fit what the checkpoint holds: other learning rates, say, but not
-    another network. The best model so far comes along. Nobody else may work in the run folder. Raises InputError if the
-    file is damaged, MTUNetError if the run folder cannot be written to.
+    another network. ``best`` is the best model up to that checkpoint, where it is another run's. Nobody else may work
+    in the run folder. Raises InputError if the file is damaged, MTUNetError if the run folder cannot be written to.
     """
     state = checkpoint.load(file)
     state["config"] = to_yaml(config)
     folder = Path(config.run_dir) / "checkpoints"
-    if (best := file.parent.parent / "checkpoints" / "best.pt").is_file() and best.parent != folder:
+    if best is not None:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.publish(best, folder / "best.pt")
     checkpoint.save(folder, state, keep=config.checkpoint.keep, best=False)

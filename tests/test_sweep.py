@@ -85,6 +85,8 @@ PBT = ["scheduler=pbt", "max_concurrent=0"]
         (["searcher=random"], ["trials=0", "at least 1"]),
         (["trials=3"], ["searcher=grid", "all 3 combinations", "trials=3"]),
         (["gpus_per_worker=1.5"], ["gpus_per_worker=1.5", "whole"]),
+        (["gpus_per_worker=0.5", "workers_per_trial=2"], ["gpus_per_worker=0.5", "0 or 1"]),
+        (["space.device.choice=[cuda]"], ["device=cuda needs gpus_per_worker"]),
         (["asha.reduction=1"], ["asha.reduction=1", "at least 2"]),
         (["pbt.quantile=0.7"], ["quantile=0.7", "(0, 0.5]"]),
         (["space.optim.lrr.choice=[1]"], ["optim.lrr", "Did you mean", "lr"]),
@@ -195,10 +197,14 @@ def test_a_sweep_survives_a_kill_and_a_failing_trial_and_repeats_no_work(sweep_f
 
     again = run_sweep(sweep_file, "max_concurrent=2")
     assert again.returncode == 0, again.stderr
+    assert run_sweep(sweep_file, "--report").returncode == 0
     assert read_csv(folder / "results.csv") == rows and logs_of(folder) == logs
     other = run_sweep(sweep_file, "seed=1")
     assert other.returncode == 2
     assert other.stderr.startswith("error: ") and "seed=0 (now 1)" in other.stderr
+
+    nothing = run_sweep(sweep_file, "--report", f"run_dir={tmp_path / 'none'}")
+    assert nothing.returncode == 2 and "holds no sweep" in nothing.stderr
 
     best = load_config(folder / "best.yaml")
     trial_run = load_config(folder / "trials" / rows[0]["trial"] / "config.yaml")
@@ -268,6 +274,6 @@ def test_population_based_training_changes_running_trials(sweep_file: Path, tmp_
     share = exploit.parameters["weighting.weights"]
     assert steps[0]["weight/segmentation"] == pytest.approx(2 * share)
     assert steps[0]["weight/depth"] == pytest.approx(2 - 2 * share)
-    assert f"with the weights of trial {source.id}" in logs_of(tmp_path / "sweep")[changed.id]
+    assert f"the weights of trial {source.id} after epoch {exploit.epoch}" in logs_of(tmp_path / "sweep")[changed.id]
     # What it trained on from is the other's checkpoint: its evaluation then continues the other's, not its own.
     assert load_config(folder / "config.yaml").optim.lr == changed.parameters["optim.lr"]

@@ -120,11 +120,22 @@ def test_asha_stops_and_knows_those_before(tmp_path: Path) -> None:
     assert asha.on_trial_result(None, good, {"epoch": 2, OBJECTIVE: 0.7}) == TrialScheduler.CONTINUE
     assert asha.on_trial_result(None, new_bad, {"epoch": 1, OBJECTIVE: 0.4}) == TrialScheduler.STOP
     assert asha.on_trial_result(None, new_good, {"epoch": 1, OBJECTIVE: 0.8}) == TrialScheduler.CONTINUE
-    # One that was to stop when the sweep was killed stops when it next reports.
-    evaluate(trial_folder(tmp_path, 5), 0.1)
-    late = tune_trial(trials[5].id)
-    asha.on_trial_add(None, late)
-    assert asha.on_trial_result(None, late, {"epoch": 2, OBJECTIVE: 0.9}) == TrialScheduler.STOP
+
+
+def test_asha_does_not_judge_again_what_a_trial_did_before(tmp_path: Path) -> None:
+    """Those that have come since are better; that is no reason to end it now."""
+    sweep = make(tmp_path, scheduler="asha", asha=AshaOptions(grace_epochs=1, reduction=2), trials=3)
+    trials = open_trials(sweep)
+    evaluate(trial_folder(tmp_path, 0), 0.1, 0.2, 0.3)
+    for n in (1, 2):
+        evaluate(trial_folder(tmp_path, n), 0.8)
+        write_outcome(trial_folder(tmp_path, n), "stopped")
+    asha, goes_on = Asha(sweep, epochs=8), tune_trial(trials[0].id)
+    asha.on_trial_add(None, goes_on)
+    assert asha.on_trial_result(None, goes_on, {"epoch": 3, OBJECTIVE: 0.3}) == TrialScheduler.CONTINUE
+    assert asha.on_trial_result(None, goes_on, {"epoch": 4, OBJECTIVE: 0.4}) == TrialScheduler.CONTINUE
+    assert asha.on_trial_result(None, goes_on, {"epoch": 8, OBJECTIVE: 0.5}) == TrialScheduler.STOP  # the end
+    asha.on_trial_complete(None, goes_on, {"epoch": 8, OBJECTIVE: 0.5})
 
 
 def test_a_population_keeps_ids_and_ranges(tmp_path: Path) -> None:

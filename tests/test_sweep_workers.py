@@ -45,7 +45,7 @@ def trial(parameters: dict[str, Any], folder: Path, overrides: list[str]) -> Non
     def on_eval(step: int, metrics: dict[str, float]) -> None:
         assert steps_done(run_dir) == step  # the training waits
         if name == "killed" and step == 6 and not outcome.exists():
-            wait_until(lambda: checkpoint.latest(run_dir / "checkpoints") is not None)
+            wait_until(checkpoint.path_of(run_dir / "checkpoints", step).is_file)
             os.kill(trained_by(log)[-1], signal.SIGKILL)
             outcome.write_text("killed")
         tune.report({"name": name, "step": step, "stop": int(name == "stopped")})
@@ -92,7 +92,7 @@ def test_trials_of_two_processes_end_as_torchrun_does_and_leave_nothing(
 
     assert not results.errors
     log = (tmp_path / "killed.log").read_text()
-    assert [log.count(f"; {how}; run folder") for how in ("starting", "resuming at step 3")] == [1, 1]
+    assert [log.count(f"; {how}; run folder") for how in ("starting", "resuming at step 6")] == [1, 1]
     assert_same_state(final_state(tmp_path / "killed"), final_state(reference))
     metrics = json.loads((tmp_path / "killed.json").read_text())
     assert metrics.items() <= records(reference, "eval")[-1].items()

@@ -21,7 +21,7 @@ import yaml
 from rich.console import Console
 
 from mtunet_dist.config import to_yaml
-from mtunet_dist.errors import InputError, command
+from mtunet_dist.errors import InputError, MTUNetError, command
 from mtunet_dist.folder_lock import lock_folder
 from sweep_config import Sweep, check_trials, find_config, load_sweep
 from sweep_folder import read_trials
@@ -61,6 +61,8 @@ def check_same(sweep: Sweep, before: Sweep) -> None:
     changed = [f"{key}={then[key]} (now {now[key]})" for key in now if now[key] != then[key] and key not in MAY_CHANGE]
     if changed:
         raise InputError(f"{sweep.dir} holds a sweep with {', '.join(changed)}; choose another run_dir")
+    if sweep.count < before.count:
+        raise InputError(f"trials={sweep.count}, but {sweep.dir} holds a sweep of {before.count}; more are possible")
 
 
 def run(sweep: Sweep, config: Path, address: str | None = None) -> None:
@@ -75,8 +77,9 @@ def run(sweep: Sweep, config: Path, address: str | None = None) -> None:
     with opened(sweep, config) as base:
         console.print(f"{sweep.name}: {sweep.count} trials; sweep folder {sweep.dir}", markup=False, highlight=False)
         in_time = True
-        trials = read_trials(sweep.dir)[: sweep.count]
-        if len(trials) < sweep.count or any(trial.status == "unfinished" for trial in trials):
+        for _ in range(1 + sweep.retries):  # a second time only if Tune has lost a trial
+            if not in_time or not left(sweep):
+                break
             try:
                 in_time = run_trials(sweep, base, max(c.epochs for c in configs), address, console)
             except KeyboardInterrupt:
@@ -85,6 +88,13 @@ def run(sweep: Sweep, config: Path, address: str | None = None) -> None:
         report(read_trials(sweep.dir), sweep, base, console)
         if not in_time:
             console.print(f"stopped after hours={sweep.hours}; the same command continues", highlight=False)
+        elif lost := left(sweep):
+            raise MTUNetError(f"{lost} of {sweep.count} trials have not ended; the same command continues")
+
+
+def left(sweep: Sweep) -> int:
+    """How many trials have not ended."""
+    return sweep.count - sum(trial.status != "unfinished" for trial in read_trials(sweep.dir))
 
 
 @command
@@ -97,12 +107,14 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="run nothing, write the report of what is there")
     parser.add_argument("sweep", type=Path, metavar="SWEEP", help="a YAML file, as tune/lr.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     sweep = load_sweep(args.sweep, args.overrides)
-    if args.report:
-        report(read_trials(sweep.dir), sweep, sweep.dir / "base.yaml", Console())
-    else:
+    if not args.report:
         run(sweep, find_config(sweep, args.sweep), args.address)
+        return
+    if not (sweep.dir / "sweep.yaml").is_file():
+        raise InputError(f"{sweep.dir} holds no sweep; run_dir says where it is")
+    report(read_trials(sweep.dir), load_sweep(sweep.dir / "sweep.yaml"), sweep.dir / "base.yaml", Console())
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class Sweep:
 
     workers_per_trial: int = 1  # processes of one training, on one or several nodes
     cpus_per_worker: int = 1  # also the number of threads
-    gpus_per_worker: float = 0.0  # 0.5 = two trials share one; 0 = train on the CPU
+    gpus_per_worker: float = 0.0  # 0.5 = two trials share one; 0 = train on the CPU, whatever the config's device
     max_concurrent: int = 0  # trials at a time; 0 = as many as there is room for
     retries: int = 2  # of a trial that runs out of memory or whose process is killed
 
@@ -115,6 +115,8 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
 
 def _check_parts(sweep: Sweep) -> None:
     """What searcher, scheduler, space and objective ask of each other."""
+    if sweep.workers_per_trial > 1 and sweep.gpus_per_worker not in (0, 1):
+        raise InputError(f"gpus_per_worker={sweep.gpus_per_worker} must be 0 or 1 with several workers_per_trial")
     if sweep.searcher == "grid" and sweep.trials:
         raise InputError(f"searcher=grid tries all {sweep.count} combinations; leave out trials={sweep.trials}")
     if sweep.count < 1:
@@ -194,6 +196,8 @@ def _check_trial(sweep: Sweep, config: Config) -> None:
         raise InputError(
             f"batch_size={config.batch_size} must be a multiple of {parts}, workers_per_trial x optim.accumulate"
         )
+    if config.device == "cuda" and not sweep.gpus_per_worker:
+        raise InputError("device=cuda needs gpus_per_worker > 0")
     if sweep.scheduler == "none":
         return
     every = config.eval_every_epochs

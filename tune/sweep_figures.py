@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def draw(
             "How much the goal depends on each setting, as a multiple of what chance reaches in 1 of 20 cases.",
         )
     for name, (figure, _) in figures.items():
-        temporary = folder / f"{name}.tmp"
+        temporary = folder / f"{name}.{os.getpid()}.tmp"
         figure.savefig(temporary, format="png")
         temporary.replace(folder / name)
     return {name: caption for name, (_, caption) in figures.items()}

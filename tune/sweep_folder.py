@@ -67,12 +67,12 @@ def trial_folder(sweep: Path, number: int) -> Path:
 
 def wait_for_folder(folder: Path) -> None:
     """Return when no process trains in the run folder: the one that Tune ended before may still be ending."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline, busy = time.monotonic() + PATIENCE_S, f"another training is writing to {folder}"
     while True:
         try:
-            lock_folder(folder, "busy").close()
-        except InputError:
-            if time.monotonic() > deadline:
+            lock_folder(folder, busy).close()
+        except InputError as error:
+            if str(error) != busy or time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
         else:

@@ -33,6 +33,7 @@ class Scale:
     low: float  # at 0
     high: float
     log: bool = False
+    whole: bool = False  # numbers only
     choices: tuple[str, ...] = ()
 
     def place(self, value: Any) -> float:
@@ -47,7 +48,7 @@ class Scale:
         if self.choices:
             return {self.place(choice): shortened(choice) for choice in self.choices}
         low, high = sorted((self.low, self.high))
-        values = MaxNLocator(5).tick_values(low, high)
+        values = MaxNLocator(5, integer=self.whole).tick_values(low, high)
         if self.log:
             values = LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 30 else (1.0,)).tick_values(low, high)
         slack = 1e-9 * (high - low)
@@ -103,7 +104,7 @@ def _scale(dimension: Dimension) -> Scale:
     if dimension.kind == "choice":
         return Scale(0.0, 1.0, choices=tuple(dict.fromkeys(map(text, dimension.values))))
     low, high = dimension.values
-    return Scale(low, high, log=dimension.kind.startswith("log"))
+    return Scale(low, high, log=dimension.is_log, whole=dimension.kind == "integer")
 
 
 def _goal_scale(values: Sequence[float], goal: Goal) -> Scale:

@@ -92,6 +92,11 @@ def check_room(sweep: Sweep, cpus: float, gpus: float, where: str) -> None:
             raise InputError(f"{times}{key}={each} is {needed:g}, but {where} has {present:g}")
 
 
+def fits(sweep: Sweep, cpus: float, gpus: float) -> bool:
+    """Whether a node has room for a worker."""
+    return sweep.cpus_per_worker <= cpus and sweep.gpus_per_worker <= gpus
+
+
 @contextmanager
 def local_ray() -> Iterator[None]:
     """A Ray of this command's own; nothing of it stays."""
@@ -118,9 +123,13 @@ def joined_ray(address: str, sweep: Sweep) -> Iterator[None]:
     with _until_shutdown():
         deadline = time.monotonic() + PATIENCE_S
         while True:
-            present = ray.cluster_resources()
             try:
+                present = ray.cluster_resources()
                 check_room(sweep, present.get("CPU", 0), present.get("GPU", 0), f"the Ray at {address}")
+                nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+                if not any(fits(sweep, node.get("CPU", 0), node.get("GPU", 0)) for node in nodes):
+                    worker = f"cpus_per_worker={sweep.cpus_per_worker}, gpus_per_worker={sweep.gpus_per_worker}"
+                    raise InputError(f"no node of the Ray at {address} has {worker}")
                 break
             except InputError:
                 if time.monotonic() > deadline:

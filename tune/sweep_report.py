@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def write_csv(path: Path, trials: Sequence[Trial], sweep: Sweep) -> None:
     keys, goals = list(sweep.dimensions), [goal.name for goal in sweep.objective.goals]
     names = dict.fromkeys(name for trial in trials if trial.last for name in trial.last.metrics)
     metrics = [name for name in names if name not in goals]
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["trial", "status", "epoch", *keys, *goals, *metrics, "error"])
@@ -266,6 +267,6 @@ def _shown(value: Any) -> str:
 
 def _replace(path: Path, content: str) -> None:
     """Write ``path`` at once: a kill leaves the old one or the new one."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(content, encoding="utf-8")
     temporary.replace(path)

@@ -220,40 +220,35 @@ class Asha(ASHAScheduler):  # type: ignore[misc]
             grace_period=sweep.asha.grace_epochs,
             reduction_factor=sweep.asha.reduction,
         )
-        self.sweep = sweep
-        self.condemned: set[str] = set()  # Tune's ids of trials that are to stop when they next report
         for trial in read_trials(sweep.dir):
-            if trial.status != "unfinished":
-                past = _Past(trial.id)
-                super().on_trial_add(None, past)
-                self._replay(past, trial)
+            past = _Known(trial.id)
+            super().on_trial_add(None, past)
+            for evaluation in trial.evaluations:
+                value = sweep.objective.values(evaluation.metrics)[0]
+                super().on_trial_result(None, past, {"epoch": evaluation.epoch, OBJECTIVE: value})
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """A trial, new or unfinished: tell ASHA its past evaluations."""
-        super().on_trial_add(tune_controller, trial)
-        if self._replay(trial, read_trial(self.sweep.dir / "trials" / trial.config["trial"])) == TrialScheduler.STOP:
-            self.condemned.add(trial.trial_id)
+        """A trial that is new, or that goes on: its evaluations of before are known and not judged again."""
+        known = _Known(trial.config["trial"])
+        if known.trial_id not in self._trial_info:
+            super().on_trial_add(tune_controller, known)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Whether the trial goes on."""
-        if trial.trial_id in self.condemned:
-            stop: str = TrialScheduler.STOP
-            return stop
-        action: str = super().on_trial_result(tune_controller, trial, result)
+        action: str = super().on_trial_result(tune_controller, _Known(trial.config["trial"]), result)
         return action
 
-    def _replay(self, tune_trial: Any, trial: Trial) -> str:
-        action: str = TrialScheduler.CONTINUE
-        for evaluation in trial.evaluations:
-            value = self.sweep.objective.values(evaluation.metrics)[0]
-            result = {"epoch": evaluation.epoch, OBJECTIVE: value}
-            if super().on_trial_result(None, tune_trial, result) == TrialScheduler.STOP:
-                action = TrialScheduler.STOP
-        return action
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Finished or stopped."""
+        super().on_trial_complete(tune_controller, _Known(trial.config["trial"]), result)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        """Never to come back."""
+        super().on_trial_remove(tune_controller, _Known(trial.config["trial"]))
 
 
-class _Past:
-    """What ASHA asks of a trial that has ended before this command began."""
+class _Known:
+    """What ASHA asks of a trial, under our id: Tune gives it another one each time the sweep starts."""
 
     def __init__(self, trial_id: str) -> None:
         self.trial_id = trial_id
@@ -263,7 +258,9 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
     """Population-based training (Jaderberg et al., 2017) that keeps values in their range and trials' ids apart."""
 
     def __init__(self, sweep: Sweep, epochs: int) -> None:
-        rng = random.Random(sweep.seed)
+        exploits = sum(len(trial.history) for trial in read_trials(sweep.dir))
+        seed = f"{sweep.seed}/{exploits}"  # a sweep that goes on draws on
+        rng = random.Random(seed)
         mutations = {
             key: d.values if d.kind == "choice" else (lambda d=d: random_value(d, rng))
             for key, d in sweep.dimensions.items()
@@ -272,7 +269,7 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
         def within(config: dict[str, Any]) -> dict[str, Any]:
             return {key: sweep.dimensions[key].nearest(v) if key in mutations else v for key, v in config.items()}
 
-        random.seed(sweep.seed)  # Tune draws from it
+        random.seed(f"Tune {seed}")  # from which Tune draws
         super().__init__(
             "epoch",
             OBJECTIVE,

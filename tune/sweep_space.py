@@ -68,6 +68,7 @@ def dimensions_of(space: Mapping[str, Any]) -> dict[str, Dimension]:
 
     Raises InputError that names what is wrong with it.
     """
+    # Where a file writes dots and the command line nests, the command line is later and counts.
     dimensions = {key: _dimension(key, spec) for key, spec in _leaves(space)}
     for key, dimension in dimensions.items():
         for other, values in dimension.when.items():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,14 +19,14 @@ from ray import tune
 
 from mtunet_dist import checkpoint, resume
 from mtunet_dist.config import Config, config_from_text
-from mtunet_dist.errors import InputError, MTUNetError
+from mtunet_dist.errors import InputError, MTUNetError, NonFiniteLossError
 from mtunet_dist.train import train
 from sweep_config import Sweep, steps_per_epoch, trial_config
 from sweep_folder import PATIENCE_S, Exploit, Trial, read_trial, wait_for_folder, write_exploit, write_outcome
 from sweep_search import OBJECTIVE, active_parameters
 from sweep_workers import train_with_workers
 
-OFFERED = "offered"  # in the run folder: checkpoints for other trials, by a second name of the same file
+OFFERED, TAKEN = "offered", "taken"  # in the run folder: checkpoints for and of other trials, by a second name
 KEPT = 3  # of them
 
 
@@ -33,6 +36,8 @@ def make_trainable(sweep: Sweep, base: Path) -> Callable[[dict[str, Any]], None]
 
     def trial(config: dict[str, Any]) -> None:
         os.chdir(folder)  # Ray starts elsewhere
+        # How long a process that shall go on with another trial may take to leave this one, with its last checkpoint.
+        os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(int(PATIENCE_S))
         run_trial(sweep, base, config["trial"], active_parameters(config))
 
     return trial
@@ -41,8 +46,12 @@ def make_trainable(sweep: Sweep, base: Path) -> Callable[[dict[str, Any]], None]
 def run_trial(sweep: Sweep, base: Path, name: str, parameters: dict[str, Any]) -> None:
     """Train trial ``name`` to its end, and note in its folder how it ended.
 
-    An error that would come again ends it. Others are raised, and Tune tries again: out of memory, a lost process.
+    An error that would come again ends it. Others are raised, and Tune tries again: out of memory, a lost process, a
+    full disk.
     """
+    gc.collect()  # of the trial before in this process
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     folder = sweep.dir / "trials" / name
     wait_for_folder(folder)
     began = time.monotonic()
@@ -50,10 +59,12 @@ def run_trial(sweep: Sweep, base: Path, name: str, parameters: dict[str, Any]) -
         try:
             trial = read_trial(folder)
             config = trial_config(sweep, base, parameters or trial.parameters, folder)
+            if not sweep.gpus_per_worker:  # Ray hides none of those that there are
+                config = dataclasses.replace(config, device="cpu")
             if sweep.scheduler == "pbt":
                 take_over(sweep, trial, parameters, config)
             metrics = train_reporting(sweep, config, log=folder / "log.txt")
-        except MTUNetError as error:
+        except (InputError, NonFiniteLossError) as error:
             print(f"error: {error}", flush=True)
             write_outcome(folder, "failed", f"{type(error).__name__}: {error}")
             return
@@ -93,45 +104,71 @@ def report(sweep: Sweep, config: Config, epoch: int, metrics: dict[str, float]) 
 
 def take_over(sweep: Sweep, trial: Trial, parameters: dict[str, Any], config: Config) -> None:
     """Let the trial go on from the weights of the trial that Tune chose, or from its own with its newest parameters."""
-    folder, source = sweep.dir / "trials" / trial.id, None
+    folder, steps = sweep.dir / "trials" / trial.id, steps_per_epoch(config)
+    pointer: dict[str, Any] = {"trial": trial.id, "epoch": 0}
     if (chosen := tune.get_checkpoint()) is not None:
         with chosen.as_directory() as where:
             pointer = json.loads((Path(where) / "pointer.json").read_text(encoding="utf-8"))
-        known = trial.history[-1].parameters if trial.history else trial.parameters
-        if pointer["trial"] != trial.id and parameters != known:  # else it was done before a process was lost
-            source = sweep.dir / "trials" / pointer["trial"]
-    if source is not None:
-        steps = steps_per_epoch(config)
-        file = offered(source, pointer["epoch"] * steps)
-        epoch = checkpoint.step_of(file) // steps
-        # First the note: a process that is lost between the two goes on with the new parameters.
-        write_exploit(folder, Exploit(epoch, source.name, parameters))
-        resume.adopt(file, config)
-        print(f"from here on with the weights of trial {source.name} after epoch {epoch} and {parameters}", flush=True)
+    wanted = Exploit(pointer["epoch"], pointer["trial"], parameters)
+    if wanted.source == trial.id or (trial.history and trial.history[-1] == wanted):  # before a process was lost
+        own = checkpoint.latest(folder / "checkpoints")
+        if own is not None and config_from_text(checkpoint.load(own)["config"]) != config:
+            resume.adopt(own, config)
         return
-    own = checkpoint.latest(folder / "checkpoints")
-    if own is not None and config_from_text(checkpoint.load(own)["config"]) != config:
-        resume.adopt(own, config)
+    file, best = take(sweep.dir / "trials" / wanted.source, wanted.epoch * steps, folder)
+    resume.adopt(file, config, best)
+    write_exploit(folder, wanted)
+    for given in (folder / OFFERED).glob("step_*.pt"):  # of a past that no longer is the trial's
+        if checkpoint.step_of(given) > checkpoint.step_of(file):
+            given.unlink()
+    shutil.rmtree(folder / TAKEN)
+    print(
+        f"from here on the weights of trial {wanted.source} after epoch {wanted.epoch}, with {parameters}",
+        flush=True,
+    )
 
 
 def offer(config: Config, step: int) -> None:
     """Keep the checkpoint of ``step`` for other trials. Raises MTUNetError if it takes too long to be written."""
-    run_dir = Path(config.run_dir)
-    file = checkpoint.path_of(run_dir / "checkpoints", step)
+    checkpoints, folder = Path(config.run_dir) / "checkpoints", Path(config.run_dir) / OFFERED
+    file = checkpoint.path_of(checkpoints, step)
     deadline = time.monotonic() + PATIENCE_S
     while not file.is_file():
         if time.monotonic() > deadline:
             raise MTUNetError(f"{file} is not written after {PATIENCE_S:.0f} s")
         time.sleep(0.01)
-    (run_dir / OFFERED).mkdir(exist_ok=True)
-    checkpoint.publish(file, run_dir / OFFERED / file.name)
-    for old in checkpoint.by_age(run_dir / OFFERED)[KEPT:]:
+    folder.mkdir(exist_ok=True)
+    if (checkpoints / "best.pt").is_file():
+        checkpoint.publish(checkpoints / "best.pt", best_beside(folder / file.name))
+    checkpoint.publish(file, folder / file.name)
+    for old in checkpoint.by_age(folder)[KEPT:]:
         old.unlink()
+        best_beside(old).unlink(missing_ok=True)
 
 
-def offered(folder: Path, step: int) -> Path:
-    """The checkpoint of ``step`` that the trial in ``folder`` offers; if it is there no more, the next newer one."""
-    files = checkpoint.by_age(folder / OFFERED)
-    if not files:
-        raise InputError(f"{folder} has no checkpoint to go on from")
-    return next((file for file in reversed(files) if checkpoint.step_of(file) >= step), files[0])
+def take(source: Path, step: int, folder: Path) -> tuple[Path, Path | None]:
+    """Give the checkpoint of ``step`` that another trial offers a name below ``folder``, and the best up to there.
+
+    If it is offered no more, the next newer one. Raises InputError if there is none.
+    """
+    mine = folder / TAKEN
+    mine.mkdir(exist_ok=True)
+    for _ in range(KEPT):
+        files = checkpoint.by_age(source / OFFERED)
+        if not files:
+            break
+        file = next((file for file in reversed(files) if checkpoint.step_of(file) >= step), files[0])
+        try:
+            best = best_beside(file) if best_beside(file).is_file() else None
+            for each in (file, best):
+                if each is not None:
+                    checkpoint.publish(each, mine / each.name)
+        except FileNotFoundError:  # the other has just gone on
+            continue
+        return mine / file.name, mine / best.name if best else None
+    raise InputError(f"{source} offers no checkpoint to go on from")
+
+
+def best_beside(file: Path) -> Path:
+    """Where the best model up to an offered checkpoint lies."""
+    return file.with_name(f"best_of_{file.name}")
