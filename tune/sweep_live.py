@@ -64,7 +64,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
         self.sweep, self.clock, self.console = sweep, clock, console
         self.goals = sweep.objective.goals
         self.rows = {trial.id: self._row(trial) for trial in read_trials(sweep.dir)}
-        self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self.began = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
