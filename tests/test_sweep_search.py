@@ -16,7 +16,8 @@ from sweep_config import Asha as AshaOptions
 from sweep_config import Pbt, Sweep
 from sweep_folder import Trial, read_trials, trial_folder, write_outcome, write_parameters
 from sweep_objective import Objective
-from sweep_search import OBJECTIVE, Asha, OptunaSearch, Population, open_trials
+from sweep_schedule import Asha, Population
+from sweep_search import OBJECTIVE, OptunaSearch, open_trials
 
 SPACE = {
     "weighting.name": {"choice": ["equal", "fixed"]},

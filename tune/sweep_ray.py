@@ -31,7 +31,8 @@ from ray import tune
 from rich.console import Console
 
 from sweep_live import Progress, WallTime
-from sweep_search import OBJECTIVE, scheduler_of, search
+from sweep_schedule import scheduler_of
+from sweep_search import OBJECTIVE, search
 from sweep_trial import OFFERED, make_trainable
 from sweep_workers import resources
 

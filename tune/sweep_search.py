@@ -1,26 +1,24 @@
-"""Which trials there are, and which of them go on: searchers and schedulers of Ray Tune that a folder can restart.
+"""Which trials there are: searchers of Ray Tune that the folder of a sweep can restart.
 
-Tune keeps no scheduler's state, and a searcher's only in snapshots. Here both are told again what the folder of the
-sweep knows, so a sweep that was killed at any moment goes on where it was.
+Tune keeps a searcher's state in snapshots only. Here it is told again what the folder knows, so a sweep that was killed
+at any moment goes on where it was.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import random
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import optuna
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, Searcher
 
 from sweep_config import Sweep
 from sweep_folder import Evaluation, Trial, read_trial, read_trials, trial_folder, write_parameters
-from sweep_space import Dimension, Parameters, draw, grid, random_value, sample
+from sweep_space import Dimension, Parameters, draw, grid, sample
 
 OBJECTIVE = "objective"  # under this name trials report the figure that schedulers compare
 RUNNING_OUT = 1_000_000  # trials to Tune, which shall leave it to our searcher how many there are
@@ -197,120 +195,6 @@ def _suggest(asked: optuna.trial.Trial, key: str, dimension: Dimension) -> Any:
     if dimension.kind in ("integer", "loginteger"):
         return asked.suggest_int(key, low, high, log=dimension.is_log)
     return asked.suggest_float(key, low, high, log=dimension.is_log)
-
-
-def scheduler_of(sweep: Sweep, epochs: int) -> TrialScheduler:
-    """Ray Tune's scheduler for trials of at most ``epochs`` epochs."""
-    if sweep.scheduler == "asha":
-        return Asha(sweep, epochs)
-    if sweep.scheduler == "pbt":
-        return Population(sweep, epochs)
-    return FIFOScheduler()
-
-
-class Asha(ASHAScheduler):  # type: ignore[misc]
-    """Asynchronous successive halving (Li et al., MLSys 2020) that knows the trials of before."""
-
-    def __init__(self, sweep: Sweep, epochs: int) -> None:
-        super().__init__(
-            "epoch",
-            OBJECTIVE,
-            sweep.objective.goals[0].mode,
-            max_t=epochs,
-            grace_period=sweep.asha.grace_epochs,
-            reduction_factor=sweep.asha.reduction,
-        )
-        for trial in read_trials(sweep.dir):
-            past = _Known(trial.id)
-            super().on_trial_add(None, past)
-            for evaluation in trial.evaluations:
-                value = sweep.objective.values(evaluation.metrics)[0]
-                super().on_trial_result(None, past, {"epoch": evaluation.epoch, OBJECTIVE: value})
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """A trial that is new, or that goes on: its evaluations of before are known and not judged again."""
-        known = _Known(trial.config["trial"])
-        if known.trial_id not in self._trial_info:
-            super().on_trial_add(tune_controller, known)
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Whether the trial goes on."""
-        action: str = super().on_trial_result(tune_controller, _Known(trial.config["trial"]), result)
-        return action
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Finished or stopped."""
-        super().on_trial_complete(tune_controller, _Known(trial.config["trial"]), result)
-
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """Never to come back."""
-        super().on_trial_remove(tune_controller, _Known(trial.config["trial"]))
-
-
-class _Known:
-    """What ASHA asks of a trial, under our id: Tune gives it another one each time the sweep starts."""
-
-    def __init__(self, trial_id: str) -> None:
-        self.trial_id = trial_id
-
-
-class Population(PopulationBasedTraining):  # type: ignore[misc]
-    """Population-based training (Jaderberg et al., 2017) that keeps values in their range and trials' ids apart."""
-
-    def __init__(self, sweep: Sweep, epochs: int) -> None:
-        exploits = sum(len(trial.history) for trial in read_trials(sweep.dir))
-        seed = f"{sweep.seed}/{exploits}"  # a sweep that goes on draws on
-        rng = random.Random(seed)
-        mutations = {
-            key: d.values if d.kind == "choice" else (lambda d=d: random_value(d, rng))
-            for key, d in sweep.dimensions.items()
-        }
-
-        def within(config: dict[str, Any]) -> dict[str, Any]:
-            return {key: sweep.dimensions[key].nearest(v) if key in mutations else v for key, v in config.items()}
-
-        random.seed(f"Tune {seed}")  # from which Tune draws
-        super().__init__(
-            "epoch",
-            OBJECTIVE,
-            sweep.objective.goals[0].mode,
-            perturbation_interval=sweep.pbt.interval_epochs,
-            hyperparam_mutations=mutations,
-            quantile_fraction=sweep.pbt.quantile,
-            resample_probability=sweep.pbt.resample,
-            custom_explore_fn=within,
-            log_config=False,
-            require_attrs=False,
-        )
-        self.sweep, self.epochs = sweep, epochs
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Whether the trial goes on as it is; not asked at its end, as new parameters would act no more."""
-        action: str = TrialScheduler.CONTINUE
-        if result.get("epoch", 0) < self.epochs:
-            action = super().on_trial_result(tune_controller, trial, result)
-        return action
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """A trial, new or unfinished: comparisons go on at the same epochs as before."""
-        super().on_trial_add(tune_controller, trial)
-        before = read_trial(self.sweep.dir / "trials" / trial.config["trial"])
-        if before.last is not None:
-            interval, state = self.sweep.pbt.interval_epochs, self._trial_state[trial]
-            state.last_perturbation_time = before.last.epoch // interval * interval
-            state.last_train_time = before.last.epoch
-
-    def _checkpoint_or_exploit(self, trial: Any, tune_controller: Any, upper: list[Any], lower: list[Any]) -> None:
-        """Compare. Tune knows a checkpoint only of those that were among the best when they last reported."""
-        for other in upper:
-            if self._trial_state[other].last_checkpoint is None:
-                self._trial_state[other].last_checkpoint = other.checkpoint
-        super()._checkpoint_or_exploit(trial, tune_controller, upper, lower)
-
-    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The parameters of the other, changed, under the trial's own id."""
-        config, operations = super()._get_new_config(trial, trial_to_clone)
-        return {**config, "trial": trial.config["trial"]}, operations
 
 
 def active_parameters(config: Mapping[str, Any]) -> Parameters:
