@@ -9,15 +9,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.tune.schedulers import TrialScheduler
-from ray.tune.search import Searcher
 
 from sweep_config import Asha as AshaOptions
 from sweep_config import Pbt, Sweep
 from sweep_folder import Trial, read_trials, trial_folder, write_outcome, write_parameters
 from sweep_objective import Objective
+from sweep_ray import tune  # it sets what Ray reads when it is imported
 from sweep_schedule import Asha, Population
 from sweep_search import OBJECTIVE, OptunaSearch, open_trials
+
+TrialScheduler, Searcher = tune.schedulers.TrialScheduler, tune.search.Searcher
 
 SPACE = {
     "weighting.name": {"choice": ["equal", "fixed"]},

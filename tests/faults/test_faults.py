@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -231,20 +232,34 @@ def _flip_a_bit(path: Path) -> None:
 
 @pytest.fixture
 def small_disk(training: Training) -> Iterator[Callable[[int], None]]:
-    """The run folder as a disk of its own; call it with the free kilobytes to leave on it, -1 for all there are."""
+    """The run folder as a disk of its own; call it with the free kilobytes to keep on it, -1 for all there are."""
     training.run_dir.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", training.run_dir], capture_output=True)
     if mounted.returncode:
         pytest.skip("a small disk can only be mounted as root")
+    filler, keep = training.run_dir / "filler", -1
+
+    def fill() -> None:
+        """Until told otherwise: each checkpoint that goes because a newer one is there leaves room for a third."""
+        with filler.open("ab", buffering=0) as file:
+            while keep >= 0:
+                disk = os.statvfs(training.run_dir)
+                with suppress(OSError):
+                    file.write(bytes(max(0, disk.f_bavail * disk.f_bsize - 1024 * keep)))
+                time.sleep(0.01)
 
     def leave(kilobytes: int) -> None:
-        filler = training.run_dir / "filler"
-        filler.unlink(missing_ok=True)
+        nonlocal keep
+        keep = kilobytes
         if kilobytes >= 0:
-            disk = os.statvfs(training.run_dir)
-            filler.write_bytes(bytes(disk.f_bavail * disk.f_bsize - 1024 * kilobytes))
+            filling.submit(fill)
+        else:
+            filling.shutdown()
+            filler.unlink()
 
-    yield leave
+    with ThreadPoolExecutor(1) as filling:
+        yield leave
+        keep = -1
     subprocess.run(["umount", "--lazy", training.run_dir], check=True)
 
 

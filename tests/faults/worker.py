@@ -96,7 +96,7 @@ PLACES = {
     "in all-reduce": _in_all_reduce,
     "saving: half written": _half_written,
     "saving: written, not named": _at(os, "fsync"),
-    "saving: best named, newest not": _at(checkpoint, "_publish", after=True),
+    "saving: best named, newest not": _at(checkpoint, "publish", after=True),
     "in evaluation": _at(SegmentationMetric, "update"),
     "stopped": _at(DDPStrategy, "backward"),
 }
