@@ -17,7 +17,7 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -67,12 +67,13 @@ class Variant:
     config: Config
     processes: int = 1
     threads: int = 0  # of each process; 0 = as many as torch takes by itself
+    reduce: bool = True  # gradients over the processes
 
 
-def prepare_step(config: Config, height: int, width: int, device: torch.device) -> Callable[[], None]:
+def prepare_step(variant: Variant, height: int, width: int, device: torch.device) -> Callable[[], None]:
     """A training step on one and the same random batch."""
-    train_on = training(config, device, CLASSES, DEPTH)
-    batch = random_batch(config.batch_size // distributed.world_size(), height, width, device)
+    train_on = training(variant.config, device, CLASSES, DEPTH, reduce=variant.reduce)
+    batch = random_batch(variant.config.batch_size // distributed.world_size(), height, width, device)
     return lambda: train_on(dict(batch))
 
 
@@ -119,10 +120,17 @@ def batches(setting: Setting, words: Sequence[str], sizes: Sequence[int]) -> dic
 
 
 def processes(setting: Setting, words: Sequence[str], batch: int, most: int) -> dict[str, Variant]:
-    """1, 2, 4 ... processes of one thread each with ``batch`` samples each."""
+    """1, 2, 4 ... processes of one thread each with ``batch`` samples each.
+
+    The last once more without reducing gradients: what is missing there, the processes take from each other's machine.
+    """
     counts = [2**n for n in range(most.bit_length()) if 2**n <= most]
     words = [*words, f"precision={setting.best_precision}"]
-    return {f"{count} x batch {batch}": Variant(setting.config(count * batch, words), count, 1) for count in counts}
+    rows = {f"{count} x batch {batch}": Variant(setting.config(count * batch, words), count, 1) for count in counts}
+    name, last = list(rows.items())[-1]
+    if last.processes > 1 and last.config.strategy["name"] == "ddp":
+        rows[f"{name}, gradients not reduced"] = replace(last, reduce=False)
+    return rows
 
 
 def measure(setting: Setting, title: str, variants: dict[str, Variant]) -> str:
@@ -136,7 +144,7 @@ def measure(setting: Setting, title: str, variants: dict[str, Variant]) -> str:
             work = partial(prepare_matmul, precision, setting.matrix)
             crews[_matmul(precision, count)] = stack.enter_context(closing(_crew(setting, work, count, threads)))
         for name, variant in variants.items():
-            step = partial(prepare_step, variant.config, setting.height, setting.width)
+            step = partial(prepare_step, variant, setting.height, setting.width)
             crew = _crew(setting, step, variant.processes, variant.threads)
             crews[name] = stack.enter_context(closing(crew))
         turns = take_turns(crews, setting.rounds)

@@ -17,9 +17,9 @@ DEPTH = DepthInfo("metric", "metre", 0.001)
 
 
 def training(
-    config: Config, device: torch.device, classes: Sequence[ClassInfo], depth: DepthInfo
+    config: Config, device: torch.device, classes: Sequence[ClassInfo], depth: DepthInfo, *, reduce: bool = True
 ) -> Callable[[Batch], None]:
-    """A function that trains on one batch."""
+    """A function that trains on one batch; without ``reduce`` (DDP alone can) each rank by its own gradients."""
     torch.manual_seed(config.seed)
     step = build_step(config, classes, depth)
     if config.compile:
@@ -28,7 +28,7 @@ def training(
 
     def train_on(batch: Batch) -> None:
         share_valid_counts([batch], strategy.module.tasks)
-        with strategy.accumulate(last=True):
+        with strategy.accumulate(last=reduce):
             total, _ = strategy(batch)
             strategy.backward(total)
         strategy.apply(config.optim.lr)
