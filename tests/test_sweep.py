@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -177,6 +178,16 @@ def kill_its_worker(driver: psutil.Process, run_dir: Path) -> None:
     for process in driver.children(recursive=True):
         if any(Path(file.path) == run_dir / "lock" for file in process.open_files()):
             process.kill()
+
+
+def test_a_ray_that_cannot_be_joined_is_named_at_once(sweep_file: Path) -> None:
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unheard.getsockname()[1]}"
+        done = run_sweep(sweep_file, "--address", address)
+    assert done.returncode == 1  # not 2: a job may try again
+    assert len(done.stderr.splitlines()) == 1
+    assert f"error: cannot join the Ray at --address {address}" in done.stderr and "refused" in done.stderr
 
 
 def test_a_sweep_survives_a_kill_and_a_failing_trial_and_repeats_no_work(sweep_file: Path, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import logging
 import os
 import secrets
 import shutil
+import socket
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,8 +20,6 @@ from mtunet_dist.errors import InputError
 from sweep_config import Sweep
 
 # Read when ray is imported.
-os.environ["RAY_AUTH_MODE"] = "token"
-os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else one is left in the home folder
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one is never silent
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends here like a kill; Tune's own way looks like success
@@ -44,7 +44,8 @@ PATIENCE_S = 120.0  # for the nodes of a cluster to join
 def run_trials(sweep: Sweep, base: Path, epochs: int, address: str | None, console: Console) -> bool:
     """Run what is left of the sweep, with trials of at most ``epochs``; False if its time was over before.
 
-    In a Ray of its own, or in the one at ``address``. Raises InputError if that has no room for a trial.
+    In a Ray of its own, or in the one at ``address``. Raises InputError if that has no room for a trial; ends the
+    command if it cannot be joined.
     """
     state = sweep.dir.resolve() / STATE
     shutil.rmtree(state, ignore_errors=True)  # of a command that was killed
@@ -101,6 +102,7 @@ def fits(sweep: Sweep, cpus: float, gpus: float) -> bool:
 @contextmanager
 def local_ray() -> Iterator[None]:
     """A Ray of this command's own; nothing of it stays."""
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray leaves one in the home folder
     # Ray's sockets lie below, and their paths must be short.
     with tempfile.TemporaryDirectory(prefix="ray_", ignore_cleanup_errors=True) as folder:
         ray.init(
@@ -119,8 +121,16 @@ def local_ray() -> Iterator[None]:
 
 @contextmanager
 def joined_ray(address: str, sweep: Sweep) -> Iterator[None]:
-    """The Ray that runs at ``address``, started by others with the token in RAY_AUTH_TOKEN."""
-    ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
+    """The Ray that runs at ``address``, started by others; RAY_AUTH_MODE and RAY_AUTH_TOKEN say what it asks for."""
+    host, _, port = address.rpartition(":")
+    try:
+        if host and port.isdecimal():  # Ray would ask for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
+    except (OSError, ValueError, OverflowError, ray.exceptions.AuthenticationError) as error:
+        hint = "does it run there, and do RAY_AUTH_MODE and RAY_AUTH_TOKEN say what it was started with?"
+        # Exit code 1, not 2: a job whose Ray has just died is queued again, one with a wrong setting is not.
+        sys.exit(f"error: cannot join the Ray at --address {address}; {hint} ({error})")
     with _until_shutdown():
         deadline = time.monotonic() + PATIENCE_S
         while True:
