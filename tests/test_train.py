@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import subprocess
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch._dynamo.utils import counters
-from training import LAUNCH, MakeConfig, final_state, kill_all, on_two_ranks, records
+from training import LAUNCH, MakeConfig, final_state, kill_all, on_two_ranks, records, start
 
-from mtunet_dist import checkpoint, resume
+from mtunet_dist import checkpoint, distributed, resume
 from mtunet_dist.config import Config, load_config
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
@@ -224,3 +225,18 @@ def test_a_sample_that_cannot_be_decoded_ends_two_processes_with_one_line(
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, result.stderr
     assert split.describe(bad) in errors[0]
+
+
+def join_and_leave() -> None:
+    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    with distributed.process_group(torch.device("cpu"), 60):
+        group = weakref.ref(torch.distributed.group.WORLD)
+    assert not distributed.is_on()
+    assert group() is not None
+
+
+def test_a_process_group_outlives_the_ddp_that_uses_it() -> None:
+    """Else its end hangs now and then: see ``distributed.leave``."""
+    process = start(join_and_leave)
+    process.join(60)
+    assert process.exitcode == 0

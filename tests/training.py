@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from mtunet_dist import checkpoint
+from mtunet_dist import checkpoint, distributed
 from mtunet_dist.config import Config
 from mtunet_dist.train import train
 
@@ -103,7 +103,7 @@ def _rank(rank: int, store: Path, count: int, function: Callable[..., object], a
         "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timedelta(seconds=60)
     )
     function(*args)
-    torch.distributed.destroy_process_group()
+    distributed.leave()
 
 
 def train_each(configs: Sequence[Config]) -> None:

@@ -155,7 +155,7 @@ class DeepSpeedStrategy:
 
     def close(self) -> None:
         if self.own_group:
-            self.deepspeed.comm.destroy_process_group()  # forgets what DeepSpeed keeps of it, too
+            distributed.leave(self.deepspeed.comm.destroy_process_group)  # forgets what DeepSpeed keeps of it, too
             self.own_group = False
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
