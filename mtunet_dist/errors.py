@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
+import faulthandler
 import functools
 import os
 import sys
@@ -13,6 +15,7 @@ from collections.abc import Callable, Sequence
 PREEMPTED = 75  # stopped on request, with a checkpoint; EX_TEMPFAIL of sysexits.h, "try again later"
 HUNG = 76  # nothing moved for config.timeout_s
 PATIENCE_S = 5.0  # that other ranks give the first to print an error
+END_S = 120  # that a process whose work is done has to end
 
 
 class MTUNetError(Exception):
@@ -44,6 +47,9 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     of each node prints it, and its end makes torchrun end the others while they wait. If it does not end, the error
     is another rank's own, which then speaks for itself. Anything unexpected keeps its traceback, but a collective
     that fails because another rank has ended waits to be ended as well, so that the cause alone is printed.
+
+    A process that does not come to its end, as its libraries' threads wait for one another, is ended after ``END_S``
+    with exit code 1 and the stacks of its threads on stderr.
     """
 
     @functools.wraps(main)
@@ -62,5 +68,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             raise
         except KeyboardInterrupt:
             sys.exit(130)
+        finally:
+            # Only as the interpreter ends: a caller of ``main`` may live on. Needs no lock, so it ends any deadlock.
+            atexit.register(faulthandler.dump_traceback_later, END_S, exit=True, file=2)
 
     return wrapped

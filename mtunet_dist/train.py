@@ -43,23 +43,25 @@ def train(config: Config, on_eval: OnEval | None = None) -> dict[str, float]:
     once, see ``Watchdog``.
     """
     device = distributed.pick_device(config.device)
-    with distributed.process_group(device, config.timeout_s), closing(resume.start(config, device)) as run:
-        if distributed.is_main():
-            print(_summary(run), flush=True)
-        if not run.finished:
-            tracker = Tracker(
-                run.dir,
-                start_step=run.step,
-                total_steps=run.total_steps,
-                steps_per_epoch=run.order.steps_per_epoch,
-                batch_size=config.batch_size,
-                on_write_error=config.on_write_error,
-            )
-            watchdog = Watchdog(run.dir / "hang", config.timeout_s, patient_start=config.compile)
-            with closing(tracker), StopRequest() as stop, _no_garbage_collection(), watchdog:
-                _loop(run, tracker, stop, watchdog, on_eval or _ignore)
-                distributed.decide(tracker.check)
-        return run.metrics
+    with distributed.process_group(device, config.timeout_s):
+        run = resume.start(config, device)
+        watchdog = Watchdog(run.dir / "hang", config.timeout_s, patient_start=config.compile)
+        with watchdog, closing(run):
+            if distributed.is_main():
+                print(_summary(run), flush=True)
+            if not run.finished:
+                tracker = Tracker(
+                    run.dir,
+                    start_step=run.step,
+                    total_steps=run.total_steps,
+                    steps_per_epoch=run.order.steps_per_epoch,
+                    batch_size=config.batch_size,
+                    on_write_error=config.on_write_error,
+                )
+                with closing(tracker), StopRequest() as stop, _no_garbage_collection():
+                    _loop(run, tracker, stop, watchdog, on_eval or _ignore)
+                    distributed.decide(tracker.check)
+            return run.metrics
 
 
 def _loop(run: Run, tracker: Tracker, stop: StopRequest, watchdog: Watchdog, on_eval: OnEval) -> None:

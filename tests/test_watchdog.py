@@ -9,7 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+import torch
+import training
+
+from mtunet_dist.config import Config
 from mtunet_dist.errors import HUNG
+from mtunet_dist.tracking import Tracker
+from mtunet_dist.train import train
 
 SLEEPER = """
 import sys, time
@@ -27,6 +34,29 @@ with Watchdog(Path(sys.argv[1]), float(sys.argv[2]), patient_start=True) as watc
         stuck_in_here(1.2)
     stuck_in_here(float(sys.argv[4]))
 time.sleep(3)
+"""
+
+ENDLESS = """
+import atexit, ctypes, sys
+from mtunet_dist import errors
+
+errors.END_S = 2
+wait = ctypes.PyDLL(None).sleep  # holds the interpreter's lock all the time
+
+class Stuck:
+    def __del__(self, wait=wait):
+        wait(600)
+
+@errors.command
+def main():
+    if sys.argv[1] == "error":
+        raise errors.InputError("the user's")
+
+if sys.argv[1] == "at exit":
+    atexit.register(wait, 600)
+else:
+    stuck = Stuck()  # until the modules are torn down
+main()
 """
 
 
@@ -56,3 +86,30 @@ def test_it_leaves_alone_what_moves_what_has_ended_and_what_was_only_suspended(t
     os.kill(process.pid, signal.SIGCONT)
     assert process.wait(120) == 0
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("end", ["at exit", "modules torn down", "error"])
+def test_a_command_whose_libraries_do_not_let_it_end_is_ended(end: str) -> None:
+    done = subprocess.run([sys.executable, "-c", ENDLESS, end], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "Timeout (0:00:02)!" in done.stderr
+
+
+def _train_with_a_tracker_that_does_not_close(config: Config) -> None:
+    close = Tracker.close
+
+    def stuck(tracker: Tracker) -> None:
+        close(tracker)
+        time.sleep(600)
+
+    Tracker.close = stuck  # type: ignore[method-assign]
+    torch.set_num_threads(1)
+    train(config)
+
+
+def test_a_training_that_cannot_be_closed_ends(make_config: training.MakeConfig) -> None:
+    config = make_config("epochs=1", "timeout_s=20")
+    process = training.start(_train_with_a_tracker_that_does_not_close, config)
+    process.join(300)
+    assert process.exitcode == HUNG
+    assert "in stuck" in (Path(config.run_dir) / "hang" / "rank_0.txt").read_text()

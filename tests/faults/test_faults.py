@@ -125,6 +125,7 @@ def settings(prepared: Path) -> list[str]:
         "checkpoint.every_steps=2",
         "checkpoint.keep=3",
         "data.augment.flip=true",
+        f"timeout_s={PATIENCE_S / 2}",  # so a hang shows its stacks, and its restart is one too many
     ]
 
 
