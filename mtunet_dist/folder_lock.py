@@ -9,17 +9,20 @@ from typing import IO
 
 from mtunet_dist.errors import InputError
 
+LOCK = "lock"  # the file in the folder; without a process that has it open it means nothing
 
-def lock_folder(folder: Path, busy: str) -> IO[bytes]:
+
+def lock_folder(folder: Path, busy: str, *, key: str = "") -> IO[bytes]:
     """Make ``folder`` and take it, until the returned file is closed or the process ends, however it ends.
 
-    Raises InputError ``busy`` if another process has it, and one that names it if nothing can be written there.
+    Raises InputError ``busy`` if another process has it, and one that names it, after ``key``, if nothing can be
+    written there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("wb")
+        lock = (folder / LOCK).open("wb")
     except OSError as error:
-        raise InputError(f"run_dir={folder} cannot be written: {error.strerror}") from None
+        raise InputError(f"{key}{folder} cannot be written: {error.strerror}") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

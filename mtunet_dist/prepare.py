@@ -27,6 +27,7 @@ from mtunet_dist.data.shard_builder import SIDECAR, ShardResult, ShardTask, Stat
 from mtunet_dist.data.shard_workers import run
 from mtunet_dist.data.shards import Index, RgbFormat, TargetFormat, write_json
 from mtunet_dist.errors import InputError, MTUNetError, command
+from mtunet_dist.folder_lock import LOCK, lock_folder
 from mtunet_dist.sources._source import Sample, Source
 
 MAX_BAD = 10  # bad samples that end the work, and that are listed
@@ -53,7 +54,8 @@ def prepare(
     ``workers`` processes make a shard each at a time; 0 works in this process. The bytes do not depend on it. Where
     ``out`` already holds the dataset nothing is done.
 
-    Raises InputError that names each bad file (the first ten), or what differs when ``out`` holds another dataset.
+    Raises InputError that names each bad file (the first ten), or what differs when ``out`` holds another dataset, and
+    if another process is writing to ``out``.
     """
     console, out = Console(highlight=False), Path(out)
     given = dict(options) if isinstance(options, Mapping) else options
@@ -61,8 +63,7 @@ def prepare(
     if stored == "source":
         root = Path(root).resolve()
     settings = Settings(source, str(root), typed, height, width, rgb_format, target_format, shard_size, stored=stored)
-    if (out / INFO_FILE).is_file():
-        _check_same(out, settings)
+    if _is_complete(out, settings):
         console.print(f"{out} is complete")
     else:
         reader: Source[Any] = plugins.build("source", {"name": source, **typed}, Path(root))
@@ -74,21 +75,25 @@ def prepare(
             for number, start in enumerate(range(0, len(samples), shard_size))
         ]
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            _complete(tasks, _make_shards(tasks, workers, console))
+            with lock_folder(out, f"another process is preparing {out}"):
+                if not _is_complete(out, settings):  # that one may have ended meanwhile
+                    _complete(tasks, _make_shards(tasks, workers, console))
         except OSError as error:
             raise MTUNetError(f"cannot write {error.filename or out}: {error.strerror}") from error
     _remove_leftovers(out)
     return PreparedDataset(out)
 
 
-def _check_same(out: Path, settings: Settings) -> None:
-    """InputError unless the dataset in ``out`` was prepared with ``settings``."""
+def _is_complete(out: Path, settings: Settings) -> bool:
+    """Whether ``out`` holds the whole dataset; InputError if it holds one of other settings."""
+    if not (out / INFO_FILE).is_file():
+        return False
     there, wanted = PreparedDataset(out).info.settings.flat(), settings.flat()
     keys = [key for key in {**wanted, **there} if there.get(key) != wanted.get(key)]
     different = [f"{key}={there.get(key)} instead of {wanted.get(key)}" for key in keys]
     if different:
         raise InputError(f"{out} already holds a dataset with {', '.join(different)}: choose another folder")
+    return True
 
 
 def _check(source: Source[Any], samples: list[Sample]) -> None:
@@ -171,10 +176,10 @@ def _complete(tasks: list[ShardTask], results: Mapping[Path, ShardResult]) -> No
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Remove the sidecars of a complete dataset, and what killed runs left half-written."""
-    for pattern in ("*.tmp", f"*{SIDECAR}"):
+    """Remove the sidecars and the lock of a complete dataset, and what killed runs left half-written."""
+    for pattern in ("*.tmp", f"*{SIDECAR}", LOCK):
         for path in out.glob(pattern):
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process may be doing the same
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -135,7 +135,8 @@ def check_written(run: Run) -> None:
 
 def _claim(run: Run) -> None:
     """Take the run folder until the run is closed. Raises InputError as ``lock_folder``."""
-    run.lock = lock_folder(run.dir, f"another training is writing to {run.dir}; stop it, or choose another run_dir")
+    busy = f"another training is writing to {run.dir}; stop it, or choose another run_dir"
+    run.lock = lock_folder(run.dir, busy, key="run_dir=")
 
 
 def _describe(run: Run) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError
+from mtunet_dist.folder_lock import LOCK, lock_folder
 from mtunet_dist.prepare import main, prepare
 from mtunet_dist.schema import VOID
 from mtunet_dist.sources._images import resize
@@ -281,3 +282,11 @@ def test_command_line_prepares_reports_and_verifies(
 def test_workers_start_without_torch() -> None:
     code = "import sys, mtunet_dist.data.shard_workers; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_two_processes_do_not_write_to_one_folder(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with lock_folder(out, "busy"), pytest.raises(InputError, match="another process is preparing"):
+        run(root, out)
+    run(root, out)
+    assert not (out / LOCK).exists()

@@ -42,7 +42,7 @@ def opened(sweep: Sweep, config: Path) -> Iterator[Path]:
     Raises InputError if another command works in it, or it holds another sweep.
     """
     base, file = sweep.dir / "base.yaml", sweep.dir / "sweep.yaml"
-    with lock_folder(sweep.dir, f"another sweep is running in {sweep.dir}"):
+    with lock_folder(sweep.dir, f"another sweep is running in {sweep.dir}", key="run_dir="):
         if file.is_file():
             check_same(sweep, load_sweep(file))
             if yaml.safe_load(base.read_text(encoding="utf-8")) != yaml.safe_load(config.read_text(encoding="utf-8")):
