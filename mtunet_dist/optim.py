@@ -48,6 +48,18 @@ def build_optimizer(step: MultiTaskStep, config: OptimConfig) -> Optimizer:
     return builders[config.name]()
 
 
+def start_momentum(optimizer: Optimizer) -> None:
+    """Give SGD momentum of zero, as if it had been updated before; with other optimisers nothing happens.
+
+    Fused SGD that a GradScaler tells to leave out its first step, as gradients overflow, would otherwise take memory
+    that nobody has written for the momentum of the second.
+    """
+    if isinstance(optimizer, torch.optim.SGD):
+        for group in optimizer.param_groups:
+            for parameter in group["params"] if group["momentum"] else []:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
 def set_lr(optimizer: Optimizer, lr: float) -> None:
     """Give ``lr`` to every group that follows the schedule."""
     for group in optimizer.param_groups:

@@ -132,3 +132,19 @@ def test_the_norm_under_fp16_is_that_of_the_unscaled_gradient() -> None:
         backward(strategy)
         norms.append(strategy.apply(lr=0.5).item())
     assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_an_overflow_in_the_first_step_leaves_nothing_behind(name: str) -> None:
+    words = [f"optim.name={name}", "optim.momentum=0.9", "precision=fp16"]
+    disturbed, undisturbed = make_strategy(*words), make_strategy(*words)
+    backward(disturbed)
+    next(disturbed.module.parameters()).grad.fill_(float("inf"))  # type: ignore[union-attr]
+    disturbed.apply(lr=0.1)
+    undisturbed.scaler = torch.amp.GradScaler("cpu", init_scale=disturbed.loss_scale)
+    for _ in range(2):
+        for strategy in (disturbed, undisturbed):
+            backward(strategy)
+            strategy.apply(lr=0.1)
+    for a, b in zip(disturbed.module.parameters(), undisturbed.module.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -40,6 +40,8 @@ class DDPStrategy:
         self.module = place(step, device, config.channels_last)
         self.clip_norm = config.optim.clip_norm
         self.optimizer = optim.build_optimizer(self.module, config.optim)
+        if config.precision == "fp16":
+            optim.start_momentum(self.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.wrapped: nn.Module = self.module
         if distributed.is_on():
