@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from mtunet_dist.errors import InputError, MTUNetError
+from mtunet_dist.errors import END_S, InputError, MTUNetError
 
 T = TypeVar("T")
 
@@ -90,10 +91,13 @@ def leave(destroy: Callable[[], None] = dist.destroy_process_group) -> None:
     """Destroy the process group, but not its last reference.
 
     That is else DDP's, which is dropped with the interpreter's lock held. It waits there for gloo's threads, and where
-    one of them is just dropping the tensors of the last collective, for which it needs that lock, for ever.
+    one of them is just dropping the tensors of the last collective, for which it needs that lock, for ever. A process
+    that is held up for ``END_S`` is ended, with the stacks of its threads on stderr.
     """
     _left.append(dist.group.WORLD)
+    faulthandler.dump_traceback_later(END_S, exit=True)
     destroy()
+    faulthandler.cancel_dump_traceback_later()
     time.sleep(LEAVE_S)
 
 

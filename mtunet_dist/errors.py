@@ -7,7 +7,9 @@ import difflib
 import faulthandler
 import functools
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -15,7 +17,7 @@ from collections.abc import Callable, Sequence
 PREEMPTED = 75  # stopped on request, with a checkpoint; EX_TEMPFAIL of sysexits.h, "try again later"
 HUNG = 76  # nothing moved for config.timeout_s
 PATIENCE_S = 5.0  # that other ranks give the first to print an error
-END_S = 120  # that a process whose work is done has to end
+END_S = 120  # that a process whose work is done has to end, and a process group to be left
 
 
 class MTUNetError(Exception):
@@ -49,7 +51,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     that fails because another rank has ended waits to be ended as well, so that the cause alone is printed.
 
     A process that does not come to its end, as its libraries' threads wait for one another, is ended after ``END_S``
-    with exit code 1 and the stacks of its threads on stderr.
+    with exit code 1 and the stacks of its threads on stderr, or where Python has ended already by SIGALRM.
     """
 
     @functools.wraps(main)
@@ -69,7 +71,14 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         except KeyboardInterrupt:
             sys.exit(130)
         finally:
-            # Only as the interpreter ends: a caller of ``main`` may live on. Needs no lock, so it ends any deadlock.
-            atexit.register(faulthandler.dump_traceback_later, END_S, exit=True, file=2)
+            # Only as the interpreter ends, as a caller of ``main`` may live on; before it waits for threads, if it can.
+            getattr(threading, "_register_atexit", atexit.register)(_end_in_time)
 
     return wrapped
+
+
+def _end_in_time() -> None:
+    """Neither needs the interpreter's lock, so they end any deadlock; the second those of the libraries' own exits."""
+    faulthandler.dump_traceback_later(END_S, exit=True, file=2)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(END_S + 5)

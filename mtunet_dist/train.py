@@ -45,7 +45,7 @@ def train(config: Config, on_eval: OnEval | None = None) -> dict[str, float]:
     device = distributed.pick_device(config.device)
     with distributed.process_group(device, config.timeout_s):
         run = resume.start(config, device)
-        watchdog = Watchdog(run.dir / "hang", config.timeout_s, patient_start=config.compile)
+        watchdog = Watchdog(run.dir / "hang", config.timeout_s, compiles=config.compile)
         with watchdog, closing(run):
             if distributed.is_main():
                 print(_summary(run), flush=True)
@@ -163,7 +163,7 @@ def _ignore(step: int, metrics: dict[str, float]) -> None:
 def _evaluate(run: Run, tracker: Tracker, watchdog: Watchdog) -> bool:
     """Evaluate, report, draw; returns whether the model is the best so far."""
     distributed.average_statistics(run.module)
-    with run.strategy.whole() as module:
+    with watchdog.evaluation(), run.strategy.whole() as module:
         module.eval()
         result = evaluate(module, run.eval_loader, run.device, on_batch=watchdog.beat)
         run.metrics, run.evaluated = result.metrics, run.step

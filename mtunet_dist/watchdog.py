@@ -7,7 +7,8 @@ import os
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -19,17 +20,20 @@ DUMP_S = 2.0  # that a rank waits after its dump: the end of the first makes tor
 
 class Watchdog:
     """While entered, a process that does not call ``beat`` for ``limit_s`` seconds writes the stacks of all its threads
-    to ``folder/rank_N.txt`` and ends with exit code ``HUNG``. With ``patient_start`` it may take any time to the first.
+    to ``folder/rank_N.txt`` and ends with exit code ``HUNG``. With ``compiles`` it may take any time to the first, and
+    in the first ``evaluation``.
 
     Where one rank hangs, all soon wait for it, so all write theirs; one that is stopped or gone writes none. torchrun
     then ends what is left, and starts anew if it was given ``--max-restarts``; the file is then ``rank_N.before.txt``.
     """
 
-    def __init__(self, folder: Path, limit_s: float, *, patient_start: bool = False) -> None:
-        self.limit_s, self.patient_start = limit_s, patient_start
+    def __init__(self, folder: Path, limit_s: float, *, compiles: bool = False) -> None:
+        self.limit_s = limit_s
+        self._patient = self._first_evaluation = compiles
         self.rank = distributed.rank()
         self.file = folder / f"rank_{self.rank}.txt"
         self.beats = 0
+        self._evaluating = False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -48,6 +52,16 @@ class Watchdog:
     def beat(self) -> None:
         """The process has moved on."""
         self.beats += 1
+        self._patient = self._evaluating
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """What is done inside is compiled for itself, as are its last and smaller batches."""
+        self._evaluating = self._patient = self._first_evaluation
+        try:
+            yield
+        finally:
+            self._evaluating = self._patient = self._first_evaluation = False
 
     def _watch(self) -> None:
         tick = min(1.0, self.limit_s / 4)
@@ -55,7 +69,7 @@ class Watchdog:
         # Ticks are counted, not the clock: while the process is suspended, which is no fault of its, there are none.
         while not self._end.wait(tick):
             still += tick
-            if self.beats != seen or (self.patient_start and not self.beats):
+            if self.beats != seen or self._patient:
                 seen, still = self.beats, 0.0
             if still >= self.limit_s:
                 self._give_up()

@@ -26,7 +26,7 @@ from mtunet_dist.watchdog import Watchdog
 def stuck_in_here(seconds):
     time.sleep(seconds)
 
-with Watchdog(Path(sys.argv[1]), float(sys.argv[2]), patient_start=True) as watchdog:
+with Watchdog(Path(sys.argv[1]), float(sys.argv[2]), compiles=True) as watchdog:
     time.sleep(1.5)
     for _ in range(int(sys.argv[3])):
         watchdog.beat()
@@ -37,7 +37,7 @@ time.sleep(3)
 """
 
 ENDLESS = """
-import atexit, ctypes, sys
+import atexit, ctypes, sys, threading
 from mtunet_dist import errors
 
 errors.END_S = 2
@@ -54,9 +54,29 @@ def main():
 
 if sys.argv[1] == "at exit":
     atexit.register(wait, 600)
+elif sys.argv[1] == "in a thread":
+    threading.Thread(target=threading.Event().wait).start()
+elif sys.argv[1] == "in a library":
+    libc = ctypes.CDLL(None)
+    libc.on_exit(ctypes.cast(libc.pause, ctypes.c_void_p), None)
 else:
     stuck = Stuck()  # until the modules are torn down
 main()
+"""
+
+EVALUATIONS = """
+import sys, time
+from pathlib import Path
+from mtunet_dist.watchdog import Watchdog
+
+with Watchdog(Path(sys.argv[1]), 1, compiles=True) as watchdog:
+    for _ in range(2):
+        watchdog.beat()
+        with watchdog.evaluation():
+            time.sleep(2.5)
+            watchdog.beat()
+            time.sleep(2.5)
+        print("evaluated", flush=True)
 """
 
 
@@ -88,11 +108,20 @@ def test_it_leaves_alone_what_moves_what_has_ended_and_what_was_only_suspended(t
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("end", ["at exit", "modules torn down", "error"])
+def test_the_first_evaluation_may_take_its_time_to_compile(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", EVALUATIONS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (HUNG, "evaluated\n")
+
+
+@pytest.mark.parametrize("end", ["in a thread", "at exit", "modules torn down", "in a library", "error"])
 def test_a_command_whose_libraries_do_not_let_it_end_is_ended(end: str) -> None:
     done = subprocess.run([sys.executable, "-c", ENDLESS, end], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert "Timeout (0:00:02)!" in done.stderr
+    if end == "in a library":  # Python has ended
+        assert done.returncode == -signal.SIGALRM
+    else:
+        assert done.returncode == 1
+        assert "Timeout (0:00:02)!" in done.stderr
 
 
 def _train_with_a_tracker_that_does_not_close(config: Config) -> None:
