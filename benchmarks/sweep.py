@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mtunet_dist.environment import cpus
 from mtunet_dist.errors import InputError, command
 from turns import about, markdown
 
@@ -87,7 +87,7 @@ def overhead(outcome: Outcome, trials: Sequence[Trial], sweep: Sweep, folder: Pa
     trained: list[float] = [
         json.loads((folder / "trials" / t.id / "outcome.json").read_text())["seconds"] for t in trials
     ]
-    slots = (os.cpu_count() or 1) // (sweep.cpus_per_worker * sweep.workers_per_trial)
+    slots = cpus() // (sweep.cpus_per_worker * sweep.workers_per_trial)
     busy = min(slots, sweep.max_concurrent or slots) * outcome.seconds
     return (busy - sum(trained)) / len(trials)
 

@@ -33,7 +33,8 @@ from torch.distributed.elastic.rendezvous import (
 
 import rendezvous
 from mtunet_dist.config import Config
-from mtunet_dist.errors import PREEMPTED, InputError
+from mtunet_dist.environment import cpus
+from mtunet_dist.errors import HUNG, PREEMPTED, InputError
 from mtunet_dist.preemption import SIGNALS
 from network import Endpoint
 
@@ -86,10 +87,14 @@ class Agent(LocalElasticAgent):
         return result
 
     @property
+    def exit_codes(self) -> set[int | None]:
+        """Of the processes of the last start."""
+        return {handler.proc.returncode for handler in getattr(self._pcontext, "subprocess_handlers", {}).values()}
+
+    @property
     def killed(self) -> bool:
         """Whether a process had to be killed."""
-        handlers = getattr(self._pcontext, "subprocess_handlers", {}).values()
-        return any(handler.proc.returncode == -signal.SIGKILL for handler in handlers)
+        return -signal.SIGKILL in self.exit_codes
 
     def part(self, *, is_host: bool) -> None:
         """Sign off with the other nodes; the host stays until all have, or its end would be an error to them."""
@@ -130,6 +135,9 @@ def run(job: Job) -> int:
     except SignalException as request:
         # It went on to the processes, which had SAVING_S to write a checkpoint.
         agent.part(is_host=job.is_host)
+        for unsaved in (2, HUNG):
+            if unsaved in agent.exit_codes:
+                return unsaved
         if request.sigval in SIGNALS and not agent.killed:
             return PREEMPTED
         if agent.killed:
@@ -190,11 +198,6 @@ def _why(error: Exception, job: Job) -> str:
 def _exit_code(failure: ProcessFailure) -> int:
     """As a shell gives it."""
     return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-
-
-def cpus() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def processes_per_node(config: Config, wanted: int | None, nodes: tuple[int, int] = (1, 1)) -> int:

@@ -33,13 +33,18 @@ def fingerprint() -> dict[str, str]:
     }
 
 
+def cpus() -> int:
+    """CPU cores that this process may use, which a job or container may have fewer of than the machine."""
+    return len(os.sched_getaffinity(0))
+
+
 def environment() -> dict[str, Any]:
     """``fingerprint``, code state, machine and command."""
     return {
         **fingerprint(),
         "git": _git_state(),
         "host": platform.node(),
-        "cpus": os.cpu_count(),
+        "cpus": cpus(),
         "world_size": distributed.world_size(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "command": sys.argv,

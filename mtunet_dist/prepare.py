@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from mtunet_dist.data.report import progress, table
 from mtunet_dist.data.shard_builder import SIDECAR, ShardResult, ShardTask, Statistics, finished
 from mtunet_dist.data.shard_workers import run
 from mtunet_dist.data.shards import Index, RgbFormat, TargetFormat, write_json
+from mtunet_dist.environment import cpus
 from mtunet_dist.errors import InputError, MTUNetError, command
 from mtunet_dist.folder_lock import LOCK, lock_folder
 from mtunet_dist.sources._source import Sample, Source
@@ -199,7 +199,6 @@ def _integer(least: int) -> Callable[[str], int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    cpus = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(prog="python -m mtunet_dist.prepare", description=__doc__)
     parser.add_argument("source", nargs="?", metavar="SOURCE", help=", ".join(plugins.available("source")))
     parser.add_argument("root", nargs="?", metavar="ROOT", help="folder or file of the source dataset")
@@ -214,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
         "--shard-size", type=_integer(1), default=128, metavar="N", help="samples per shard, default 128"
     )
     parser.add_argument(
-        "--workers", type=_integer(0), default=cpus, metavar="N", help=f"processes, default {cpus}; 0: none"
+        "--workers", type=_integer(0), default=cpus(), metavar="N", help=f"processes, default {cpus()}; 0: none"
     )
     parser.add_argument(
         "--no-copy", action="store_true", help="only check and list; training then decodes the source's own files"

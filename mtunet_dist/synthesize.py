@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from mtunet_dist.environment import cpus
 from mtunet_dist.errors import InputError, command
 from mtunet_dist.synthetic.tree import CITIES, GENERATOR, Settings, scene_files, write_scene
 
@@ -100,7 +101,7 @@ def main() -> None:
     for setting in fields(Settings):
         text = meaning.get(setting.name, "number that all scenes derive from")
         parser.add_argument(f"--{setting.name}", type=int, default=setting.default, metavar="N", help=text)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes")
+    parser.add_argument("--workers", type=int, default=cpus(), metavar="N", help="processes")
     given = vars(parser.parse_args())
     out, workers = given.pop("out"), given.pop("workers")
     synthesize(out, Settings(**given), workers)

@@ -152,8 +152,9 @@ def command(file: Path, *words: str) -> list[str]:
     return [sys.executable, str(REPOSITORY / "tune" / "sweep.py"), str(file), *words]
 
 
-def run_sweep(file: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(file, *words), capture_output=True, text=True, timeout=300)
+def run_sweep(file: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **environment}
+    return subprocess.run(command(file, *words), capture_output=True, text=True, timeout=300, env=env)
 
 
 def logs_of(folder: Path) -> dict[str, str]:
@@ -267,7 +268,7 @@ def test_population_based_training_changes_running_trials(sweep_file: Path, tmp_
         "space": {"optim.lr": {"loguniform": [1e-6, 1e-2]}, "weighting.weights": {"share": [0.3, 0.7]}},
     }
     sweep_file.write_text(yaml.safe_dump({**base, **settings}), encoding="utf-8")
-    done = run_sweep(sweep_file)
+    done = run_sweep(sweep_file, RAY_memory_usage_threshold="0.0")  # would have Ray end all workers
     assert done.returncode == 0, done.stderr
     trials = read_trials(tmp_path / "sweep")
     assert [trial.status for trial in trials] == ["finished", "finished"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from sweep_config import Asha as AshaOptions
 from sweep_config import Pbt, Sweep
 from sweep_folder import Trial, read_trials, trial_folder, write_outcome, write_parameters
 from sweep_objective import Objective
-from sweep_ray import tune  # it sets what Ray reads when it is imported
+from sweep_ray import room, tune  # it sets what Ray reads when it is imported
 from sweep_schedule import Asha, Population
 from sweep_search import OBJECTIVE, OptunaSearch, open_trials
 
@@ -87,6 +88,19 @@ def test_optuna_goes_on_with_what_the_folder_knows(tmp_path: Path, metrics: tupl
     for trial in parameters:
         assert ("weighting.weights" in trial) == (trial["weighting.name"] == "fixed")
         assert trial["data.augment.scales"] in ([1.0], [1.0, 1.5])
+
+
+def test_a_deleted_trial_is_tried_again_and_no_other_is_touched(tmp_path: Path) -> None:
+    sweep = make(tmp_path, searcher="optuna", trials=4)
+    search = OptunaSearch(sweep)
+    for n in range(3):
+        search.suggest(str(n))
+        write_outcome(trial_folder(tmp_path, n), "finished")
+    shutil.rmtree(trial_folder(tmp_path, 1))
+    resumed = OptunaSearch(sweep)
+    assert [resumed.suggest(str(n)) for n in range(2)] == [{"trial": "00001"}, {"trial": "00003"}]
+    assert resumed.suggest("2") == Searcher.FINISHED
+    assert [trial.status for trial in read_trials(tmp_path)] == ["finished", "unfinished", "finished", "unfinished"]
 
 
 def test_optuna_learns(tmp_path: Path) -> None:
@@ -165,3 +179,19 @@ def test_a_trial_is_what_its_folder_says(tmp_path: Path) -> None:
         file.write('{"kind": "eval", "ste')  # cut short by a kill
     (trial,) = read_trials(tmp_path)
     assert trial.last and trial.last.epoch == 2 and math.isnan(trial.last.metrics["miou"])
+
+
+def test_workers_are_counted_node_by_node(tmp_path: Path) -> None:
+    sweep = make(tmp_path, workers_per_trial=5, cpus_per_worker=12, gpus_per_worker=1)
+    assert [room(sweep, node) for node in ({"CPU": 32.0, "GPU": 4.0}, {"CPU": 64.0, "GPU": 1.0}, {"CPU": 64.0})] == [
+        2,
+        1,
+        0,
+    ]
+    assert room(make(tmp_path, gpus_per_worker=0.1), {"CPU": 64.0, "GPU": 1.0}) == 10
+
+
+def test_a_process_lost_before_its_trial_began_has_a_reason() -> None:
+    from sweep_live import reason  # imports ray, and must not do so before sweep_ray
+
+    assert reason(SimpleNamespace(pickled_error_file=None)) == "no error that Tune has kept"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import yaml
 from rich.console import Console
 
 from mtunet_dist.config import to_yaml
+from mtunet_dist.environment import cpus
 from mtunet_dist.errors import InputError, MTUNetError, command
 from mtunet_dist.folder_lock import lock_folder
 from sweep_config import Sweep, check_trials, find_config, load_sweep
@@ -72,7 +72,7 @@ def run(sweep: Sweep, config: Path, address: str | None = None) -> None:
     """
     configs = check_trials(sweep, config)
     if address is None:
-        check_room(sweep, os.cpu_count() or 1, torch.cuda.device_count(), "this machine")
+        check_room(sweep, cpus(), torch.cuda.device_count(), "this machine")
     console = Console()
     with opened(sweep, config) as base:
         console.print(f"{sweep.name}: {sweep.count} trials; sweep folder {sweep.dir}", markup=False, highlight=False)

@@ -159,10 +159,10 @@ class Progress(tune.Callback):  # type: ignore[misc]
 
 def reason(trial: Any) -> str:
     """One line: what a Tune trial raised last, or how its process died."""
-    file = Path(trial.pickled_error_file)  # Tune's own way looks where it has not yet been copied to
-    if not file.is_file():
+    file = trial.pickled_error_file  # Tune's own way looks where it has not yet been copied to
+    if file is None or not Path(file).is_file():  # a process that is lost before it begins leaves none
         return "no error that Tune has kept"
-    error = pickle.loads(file.read_bytes())
+    error = pickle.loads(Path(file).read_bytes())
     cause = getattr(error, "cause", None) or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"

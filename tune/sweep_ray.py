@@ -10,12 +10,13 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from mtunet_dist.environment import cpus
 from mtunet_dist.errors import InputError
 from sweep_config import Sweep
 
@@ -94,20 +95,23 @@ def check_room(sweep: Sweep, cpus: float, gpus: float, where: str) -> None:
             raise InputError(f"{times}{key}={each} is {needed:g}, but {where} has {present:g}")
 
 
-def fits(sweep: Sweep, cpus: float, gpus: float) -> bool:
-    """Whether a node has room for a worker."""
-    return sweep.cpus_per_worker <= cpus and sweep.gpus_per_worker <= gpus
+def room(sweep: Sweep, node: Mapping[str, float]) -> int:
+    """For how many workers a node with these resources has room."""
+    asked = {"CPU": sweep.cpus_per_worker, "GPU": sweep.gpus_per_worker}
+    return min(int(node.get(name, 0) / each + 1e-6) for name, each in asked.items() if each)
 
 
 @contextmanager
 def local_ray() -> Iterator[None]:
     """A Ray of this command's own; nothing of it stays."""
+    # What Ray kills for want of memory ends Tune; what the kernel kills, Ray's workers first, is tried again.
+    os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray leaves one in the home folder
     # Ray's sockets lie below, and their paths must be short.
     with tempfile.TemporaryDirectory(prefix="ray_", ignore_cleanup_errors=True) as folder:
         ray.init(
             address="local",
-            num_cpus=os.cpu_count(),
+            num_cpus=cpus(),
             num_gpus=torch.cuda.device_count(),
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
@@ -137,10 +141,13 @@ def joined_ray(address: str, sweep: Sweep) -> Iterator[None]:
             try:
                 present = ray.cluster_resources()
                 check_room(sweep, present.get("CPU", 0), present.get("GPU", 0), f"the Ray at {address}")
-                nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-                if not any(fits(sweep, node.get("CPU", 0), node.get("GPU", 0)) for node in nodes):
+                workers = sum(room(sweep, node["Resources"]) for node in ray.nodes() if node["Alive"])
+                if workers < sweep.workers_per_trial:
                     worker = f"cpus_per_worker={sweep.cpus_per_worker}, gpus_per_worker={sweep.gpus_per_worker}"
-                    raise InputError(f"no node of the Ray at {address} has {worker}")
+                    raise InputError(
+                        f"the nodes of the Ray at {address} have room for {workers} workers of {worker}, "
+                        f"but workers_per_trial={sweep.workers_per_trial}"
+                    )
                 break
             except InputError:
                 if time.monotonic() > deadline:

@@ -93,7 +93,6 @@ class OptunaSearch(Searcher):  # type: ignore[misc]
             if trial.status != "unfinished":
                 self.study.add_trial(self._frozen(trial))
         self.waiting = [trial for trial in before if trial.status == "unfinished"]
-        self.next_number = len(before)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The id of the next trial, whose parameters are in its folder."""
@@ -104,13 +103,14 @@ class OptunaSearch(Searcher):  # type: ignore[misc]
             draw(self.sweep.dimensions, lambda key, dimension: _suggest(asked, key, dimension))
             self.ids[trial_id] = trial.id
             return {"trial": trial.id}
-        if self.next_number >= self.sweep.trials:
+        # Not how many there are: one may have been deleted, to be tried again.
+        folders = (trial_folder(self.sweep.dir, number) for number in range(self.sweep.trials))
+        folder = next((folder for folder in folders if not (folder / "trial.json").is_file()), None)
+        if folder is None:
             finished: str = Searcher.FINISHED
             return finished
         asked = self.study.ask()
-        folder = trial_folder(self.sweep.dir, self.next_number)
         write_parameters(folder, draw(self.sweep.dimensions, lambda key, d: _suggest(asked, key, d)))
-        self.next_number += 1
         self.asked[folder.name], self.ids[trial_id] = asked, folder.name
         return {"trial": folder.name}
 

@@ -21,13 +21,15 @@ import ray
 import torch
 import torch.distributed as dist
 from ray import tune
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mtunet_dist.config import Config
 from mtunet_dist.errors import PATIENCE_S, InputError, MTUNetError
 from mtunet_dist.train import OnEval, train
 from sweep_folder import wait_for_folder
+
+LOST = (RayActorError, OutOfMemoryError)  # what a process that is no more raises; the second where Ray ended it
 
 
 class WorkerLostError(RuntimeError):
@@ -127,7 +129,7 @@ def _follow(actors: Sequence[Any], on_eval: OnEval) -> dict[str, float]:
         rank = waiting.pop(ready)
         try:
             answer = ray.get(ready)
-        except (RayTaskError, RayActorError) as error:
+        except (RayTaskError, *LOST) as error:
             raise _cause(error, rank, waiting) from error
         if isinstance(answer, tuple):
             on_eval(*answer)
@@ -145,12 +147,12 @@ def _cause(first: Exception, rank: int, waiting: Mapping[Any, int]) -> Exception
         for reference in done:
             try:
                 ray.get(reference)
-            except (RayTaskError, RayActorError) as error:
+            except (RayTaskError, *LOST) as error:
                 failures[waiting[reference]] = error
     for failure in failures.values():
         if isinstance(failure, RayTaskError) and isinstance(failure.cause, MTUNetError):
             return failure.cause
     for lost, failure in failures.items():
-        if isinstance(failure, RayActorError):
+        if isinstance(failure, LOST):
             return WorkerLostError(f"rank {lost} of the trial was lost: {str(failure).splitlines()[0]}")
     return first
