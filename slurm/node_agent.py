@@ -54,10 +54,16 @@ def run(words: list[str]) -> int:
 
 
 def newest_checkpoint(words: list[str]) -> str:
-    """Name of the newest checkpoint of the run that ``words`` describe, or ``none``."""
+    """Name of the newest checkpoint of the run, or of the reproduction, that ``words`` describe, or ``none``."""
     from mtunet_dist.checkpoint import by_age
     from mtunet_dist.config import load_config
 
+    if "mtunet_dist.reproduce" in words:
+        from mtunet_dist.reproduce import parser
+
+        out = parser().parse_intermixed_args(words[words.index("mtunet_dist.reproduce") + 1 :]).out
+        newest = max(out.glob("**/checkpoints/step_*.pt"), key=lambda file: file.stat().st_mtime, default=None)
+        return "none" if newest is None else str(newest.relative_to(out)).replace(" ", "_")
     if "mtunet_dist.train" not in words:
         return "none"
     config, *overrides = words[words.index("mtunet_dist.train") + 1 :]

@@ -63,7 +63,7 @@ def status_of(folder: Path, queue: Mapping[str, str], locked: set[int]) -> Statu
         state = "queued" if queue[job] in WAITING else "running"
     elif lock.exists() and lock.stat().st_ino in locked:
         state = "running"
-    elif saved and epochs is not None and epoch is not None and epoch >= epochs:
+    elif saved and epochs is not None and epoch is not None and epoch >= epochs and last["kind"] == "eval":
         state = "finished"
     else:
         code = _exit_code(folder / "slurm" / f"job-{job}.exit")
@@ -121,13 +121,16 @@ def _records(file: Path) -> list[dict[str, Any]]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):  # not written yet, or not wholly, on a full disk
+        return {}
     return found
 
 
 def _yaml(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found
+    found: dict[str, Any] | None = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found or {}
 
 
 def _exit_code(file: Path) -> int | None:

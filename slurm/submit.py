@@ -23,6 +23,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from job_script import Job, Options, render
+from mtunet_dist import reproduce
 from mtunet_dist.config import Config, load_as, load_config, to_yaml
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
@@ -53,7 +54,8 @@ def train_work(words: Sequence[str], options: Options) -> Work:
     named = [(*member, f"run_dir={folder / name}") for member, name in zip(members, folder_names(members), strict=True)]
     for member in named or [()]:
         check_training(load_config(words[0], [*words[1:], *member]), options)
-    return Work(folder, to_yaml(config), (), tuple(named))
+    # Where a member names a plugin, the file's options of that section no longer hold, but those of ``words`` do.
+    return Work(folder, to_yaml(config), tuple(words[1:]) if named else (), tuple(named))
 
 
 def check_training(config: Config, options: Options) -> None:
@@ -99,6 +101,8 @@ def sweep_work(words: Sequence[str], options: Options) -> Work:
     check_trials(sweep, base)
     if sweep.gpus_per_worker > options.gpus:
         raise InputError(f"gpus_per_worker={sweep.gpus_per_worker} needs --gpus of at least that many per node")
+    if options.gpus and not sweep.gpus_per_worker:
+        raise InputError(f"gpus={options.gpus}, but gpus_per_worker=0: the trials would train on CPUs; set either")
     if options.cpus and sweep.cpus_per_worker > options.cpus:
         raise InputError(f"cpus_per_worker={sweep.cpus_per_worker}, but a node of this job has cpus={options.cpus}")
     here = dataclasses.replace(sweep, config=str(base.resolve()))
@@ -106,11 +110,18 @@ def sweep_work(words: Sequence[str], options: Options) -> Work:
 
 
 def reproduce_work(words: Sequence[str], options: Options) -> Work:
-    """A table of a paper; what the words mean is for mtunet_dist.reproduce to say. One process on one node."""
+    """A table of a paper, by one process on one node. Raises InputError as mtunet_dist.reproduce does."""
     if options.nodes > 1:
         raise InputError(f"nodes={options.nodes}: reproduce runs on one node")
-    folder = Path("runs") / folder_names([("reproduce", *words[:1])])[0]
-    return Work(folder, "", tuple(words), variables={"MTUNET_MODULE": "mtunet_dist.reproduce"})
+    if len(options.seeds) > 1:
+        raise InputError(f"seeds={list(options.seeds)}: reproduce takes their number, as --seeds=3")
+    words = (*words, *(f"--seeds={number}" for number in options.seeds))
+    args = reproduce.parser().parse_intermixed_args(words)
+    targets = reproduce.targets_of([word for word in args.words if "=" not in word])
+    if words[0] not in targets:
+        raise InputError(f"name the table or figure first, before {words[0]}")
+    folder = Path("runs") / folder_names([("reproduce", words[0])])[0]
+    return Work(folder, "", words, variables={"MTUNET_MODULE": "mtunet_dist.reproduce"})
 
 
 VERBS: dict[str, Callable[[Sequence[str], Options], Work]] = {
@@ -175,6 +186,8 @@ def options_of(args: argparse.Namespace, kinds: dict[str, Any]) -> Options:
             raise InputError(f"{name}={getattr(options, name)} must be at least {least}")
     if options.time and not TIME.fullmatch(options.time):
         raise InputError(f"time={options.time} must be HH:MM:SS or D-HH:MM:SS; in a profile write it in quotes")
+    if args.verb != "train" and (options.grid or options.at_once or (options.seeds and args.verb == "sweep")):
+        raise InputError(f"seeds, grid and at_once are for train, not for {args.verb}")
     if options.chain > 1 and (options.seeds or options.grid):
         raise InputError("chain is for one training, seeds and grid are for arrays")
     if args.local and (options.nodes > 1 or options.container_image):
@@ -213,18 +226,30 @@ def write(work: Work, options: Options) -> tuple[Path, str]:
 def submit(script: Path, options: Options) -> list[str]:
     """Hand the script to sbatch, ``chain`` times; the job ids. Raises MTUNetError with what sbatch says."""
     jobs: list[str] = []
-    for _ in range(options.chain):
-        after = [f"--dependency=afternotok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
-        try:
-            done = subprocess.run(["sbatch", "--parsable", *after, str(script)], capture_output=True, text=True)
-        except FileNotFoundError:
-            raise InputError("there is no sbatch here; --local runs the job on this machine") from None
-        if done.returncode:
-            raise MTUNetError(f"sbatch refuses {script}: {' '.join(done.stderr.split())}")
-        jobs.append(done.stdout.strip().partition(";")[0])
-    record = {**environment(), "jobs": jobs, "options": dataclasses.asdict(options)}
-    script.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    try:
+        for _ in range(options.chain):
+            after = [f"--dependency=afternotok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
+            jobs.append(_sbatch([*after, str(script)]))
+    except MTUNetError as error:
+        if jobs:
+            raise MTUNetError(f"{error}; of the chain only {', '.join(jobs)} are queued") from None
+        raise
+    finally:
+        if jobs:
+            record = {**environment(), "jobs": jobs, "options": dataclasses.asdict(options)}
+            script.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return jobs
+
+
+def _sbatch(words: Sequence[str]) -> str:
+    """The id of the job that sbatch makes."""
+    try:
+        done = subprocess.run(["sbatch", "--parsable", *words], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise InputError("there is no sbatch here; --local runs the job on this machine") from None
+    if done.returncode:
+        raise MTUNetError(f"sbatch refuses {words[-1]}: {' '.join(done.stderr.split())}")
+    return done.stdout.strip().partition(";")[0]
 
 
 def run_here(script: Path, members: int) -> int:

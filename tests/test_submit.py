@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import status
 import submit
 from job_script import Job, Options, render
 from mtunet_dist import preemption, tracking
+from mtunet_dist import train as training_loop
 from mtunet_dist.errors import InputError, MTUNetError
 from mtunet_dist.train import train
 
@@ -168,11 +171,41 @@ def test_the_command_line_has_the_last_word_over_a_profile(tmp_path: Path) -> No
         submit.parse(words)
 
 
+def test_members_train_what_was_checked(config_file: Path, tmp_path: Path) -> None:
+    """A member's ``model.name`` drops the file's options of the model, not those of the command line."""
+    words = [str(config_file), "model.widths=[8,8,8,8]", "weighting.lr=0.5"]
+    grid = ["--grid=model.name=[st_unet,mtunet]", "--grid=weighting.name=[learned,uncertainty]"]
+    _, options, rest = submit.parse(["train", *words, *grid])
+    work = submit.train_work(rest, options)
+    script, _ = submit.write(work, options)
+    assert len(work.members) == 4
+    for member in work.members:
+        checked = submit.load_config(words[0], [*words[1:], *member])
+        assert submit.load_config(script.with_suffix(".yaml"), [*work.words, *member]) == checked
+        assert checked.model["widths"] == (8, 8, 8, 8) and checked.weighting["lr"] == 0.5
+
+
 def test_words_of_reproduce_are_passed_on() -> None:
-    _, options, rest = submit.parse(["reproduce", "table 2", "--budget", "3", "--time=1:00:00"])
+    _, options, rest = submit.parse(["reproduce", "table2", "--budget", "short", "--time=1:00:00", "--seeds=5"])
     work = submit.reproduce_work(rest, options)
-    assert work.words == ("table 2", "--budget", "3")
-    assert (str(work.folder), work.variables) == ("runs/reproduce,table_2", {"MTUNET_MODULE": "mtunet_dist.reproduce"})
+    assert work.words == ("table2", "--budget", "short", "--seeds=5")
+    assert (str(work.folder), work.variables) == ("runs/reproduce,table2", {"MTUNET_MODULE": "mtunet_dist.reproduce"})
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["reproduce", "tabel2"], "unknown table or figure 'tabel2'. Did you mean 'table2'"),
+        (["reproduce", "--budget", "smoke", "table2"], "name the table or figure first, before --budget"),
+        (["reproduce", "table2", "--seeds=0,1"], "reproduce takes their number"),
+        (["reproduce", "table2", "--grid=optim.lr=[1,2]"], "for train, not for reproduce"),
+        (["sweep", "tune/lr.yaml", "--seeds=0,1"], "for train, not for sweep"),
+    ],
+)
+def test_what_does_not_suit_the_verb_is_refused(words: list[str], expected: str) -> None:
+    with pytest.raises(InputError, match=re.escape(expected)):
+        args, options, rest = submit.parse(words)
+        submit.VERBS[args.verb](rest, options)
 
 
 def test_a_sweep_is_checked_and_finds_its_config(config_file: Path, tmp_path: Path) -> None:
@@ -187,6 +220,8 @@ def test_a_sweep_is_checked_and_finds_its_config(config_file: Path, tmp_path: Pa
     assert text.count(f"set -- {script.with_suffix('.yaml')}\n") == 1
     with pytest.raises(InputError, match="gpus_per_worker=1"):
         submit.sweep_work([str(file), "gpus_per_worker=1"], Options())
+    with pytest.raises(InputError, match="gpus=4, but gpus_per_worker=0"):
+        submit.sweep_work([str(file)], Options(gpus=4))
 
 
 def test_a_chain_of_jobs_is_recorded_with_config_and_code(
@@ -212,6 +247,11 @@ def test_a_chain_of_jobs_is_recorded_with_config_and_code(
     fake.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
     with pytest.raises(MTUNetError, match="invalid partition"):
         submit.submit(script, options)
+
+    fake.write_text('#!/bin/sh\n[ $# = 2 ] && echo 7 && exit\necho "sbatch: error: too many jobs" >&2\nexit 1\n')
+    with pytest.raises(MTUNetError, match="too many jobs; of the chain only 7 are queued"):
+        submit.submit(script, options)
+    assert json.loads(script.with_suffix(".json").read_text())["jobs"] == ["7"]
 
 
 @pytest.mark.slow
@@ -255,3 +295,29 @@ def test_states_of_a_run(make_config: MakeConfig, tmp_path: Path, monkeypatch: p
     (run_dir / "environment.json").write_text(json.dumps({**environment, "slurm_job": "42"}))
     assert status.job_of(run_dir) == "42"
     assert list(status.runs(tmp_path)) == [run_dir]
+    (run_dir / "environment.json").write_text("")  # the disk was full
+    (run_dir / "config.yaml").write_text("")
+    assert status.status_of(run_dir, {}, set()).job == "41"
+
+
+def test_a_run_is_finished_when_its_last_evaluation_is(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config("epochs=1", "log.every_steps=100")
+    with monkeypatch.context() as patch:
+        patch.setattr(training_loop, "_report", asked_before(training_loop._report))
+        with pytest.raises(MTUNetError, match="stopped after step 3"):
+            train(config)
+    assert status.status_of(Path(config.run_dir), {}, set()).state == "stopped"
+    train(config)
+    assert status.status_of(Path(config.run_dir), {}, set()).state == "finished"
+
+
+def asked_before(report: Callable[..., Any]) -> Callable[..., Any]:
+    """``report``, with a request to stop coming just before."""
+
+    def wrapped(*args: Any) -> Any:
+        preemption.signal.raise_signal(preemption.signal.SIGUSR1)
+        return report(*args)
+
+    return wrapped
