@@ -1,5 +1,6 @@
 """Images/s, CPU seconds and memory of loading, ours and others', from the same images.
 
+    pip install --constraint constraints.txt --editable '.[bench]'
     python -m mtunet_dist.prepare nyuv2_mat PATH/TO/nyu_depth_v2_labeled.mat data/nyuv2
     python benchmarks/loader.py data/nyuv2 --out benchmarks/results/loader_cpu
 
@@ -203,7 +204,7 @@ def write_files(config: Config, files: Path, npy: Path) -> None:
 def prepare_lossless(config: Config, out: Path) -> Path | None:
     """The same dataset with PNG images, or None if its source has gone."""
     there = PreparedDataset(Path(config.data.root)).info.settings
-    if not Path(there.root).is_dir():
+    if not Path(there.root).exists():
         return None
     prepare(
         there.source,

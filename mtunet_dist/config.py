@@ -193,8 +193,10 @@ def _merge(schema: type[T], layers: list[Any], overrides: Sequence[str]) -> T:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write ``config`` as YAML that ``load_config`` reads back to an equal one."""
-    path.write_text(to_yaml(config), encoding="utf-8")
+    """Write ``config`` as YAML that ``load_config`` reads back to an equal one; a kill leaves the file of before."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(to_yaml(config), encoding="utf-8")
+    temporary.replace(path)
 
 
 def to_yaml(config: object) -> str:
@@ -404,6 +406,12 @@ def _check(config: Config) -> None:
         raise InputError(f"optim.betas={list(config.optim.betas)} must be two numbers in [0, 1)")
     if not 0 <= config.optim.momentum < 1:
         raise InputError(f"optim.momentum={config.optim.momentum} must be in [0, 1)")
+    if config.compile and config.compile_mode != "default" and config.optim.accumulate > 1:
+        # Gradients would lie in memory of the CUDA graph, which the next micro-batch writes to.
+        raise InputError(
+            f"compile_mode={config.compile_mode} uses CUDA graphs, which optim.accumulate={config.optim.accumulate} "
+            "does not work with; compile_mode=default does"
+        )
     for name in config.tasks:
         if name not in TASKS:
             raise InputError(f"unknown task '{name}'.{closest(name, TASKS)} Available: {', '.join(TASKS)}")

@@ -50,13 +50,15 @@ class Reproduction:
     def run(self, launcher: Launcher) -> None:
         """Train what is not trained yet; after each training write the tables it is in, in the end the figures.
 
-        Raises PreemptedError if one of ``STOPPED_BY`` comes while trainings run; they then leave checkpoints.
+        Raises PreemptedError if one of ``STOPPED_BY`` comes, or the terminal goes, while trainings run; they then leave
+        checkpoints.
         """
         todo = [t for t in self.trainings.values() if t.metrics is None]
         say(f"{len(self.trainings)} trainings, {len(self.trainings) - len(todo)} of them finished; in {self.setup.out}")
         if todo:
             say(f"what a training prints is in its folder, such as {todo[0].dir / LOG}")
-        with StopRequest(STOPPED_BY) as stop:
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # nohup
+        with StopRequest(STOPPED_BY if ignored else (*STOPPED_BY, signal.SIGHUP)) as stop:
             run_all(todo, launcher, stop, self._ended)
         for name in self.plans:
             if name in FIGURES:

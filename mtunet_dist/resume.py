@@ -15,6 +15,7 @@ from torch import Tensor
 from mtunet_dist import checkpoint, distributed
 from mtunet_dist import environment as environments
 from mtunet_dist.config import Config, config_from_text, flat, save_config, to_yaml
+from mtunet_dist.data.shards import write_json
 from mtunet_dist.errors import InputError, MTUNetError
 from mtunet_dist.folder_lock import lock_folder
 from mtunet_dist.run import Run, build
@@ -144,8 +145,7 @@ def _describe(run: Run) -> None:
     try:
         (run.dir / "pictures").mkdir(exist_ok=True)
         save_config(run.config, run.dir / "config.yaml")
-        text = json.dumps(environments.environment(), indent=2) + "\n"
-        (run.dir / "environment.json").write_text(text, encoding="utf-8")
+        write_json(run.dir / "environment.json", environments.environment(), indent=2)
     except OSError as error:
         raise MTUNetError(f"cannot write to the run folder {run.dir}: {error.strerror}") from error
 

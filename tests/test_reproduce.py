@@ -20,7 +20,7 @@ import pytest
 from conftest import write_folder_source
 from PIL import Image
 
-from mtunet_dist import reproduce
+from mtunet_dist import checkpoint, reproduce
 from mtunet_dist.config import load_config
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError, PreemptedError
@@ -171,11 +171,22 @@ def test_a_signal_stops_what_runs_and_starts_no_more(make_setup: MakeSetup, tmp_
             time.sleep(0.05)
 
     threading.Thread(target=interrupt).start()
-    launcher = Launcher(f"{sys.executable} {script} {{config}}", jobs=2)
+    wrapper = tmp_path / "wrapper.sh"
+    wrapper.write_text(f'{sys.executable} {script} "$1"; exit 1\n')  # passes no signals on
+    launcher = Launcher(f"sh {wrapper} {{config}}", jobs=2)
     with StopRequest(reproduce.STOPPED_BY) as stop, pytest.raises(PreemptedError, match="SIGINT received: 2 running"):
         run_all(trainings, launcher, stop, lambda *_: pytest.fail("none of them ends by itself"))
     assert all((t.dir / "saved").is_file() for t in trainings[:2])
     assert not any(t.dir.exists() for t in trainings[2:])
+
+
+def test_a_training_stopped_before_its_last_evaluation_is_not_finished(make_setup: MakeSetup) -> None:
+    (training,) = plan(Target("one", "nyuv2", ("mtunet",)), make_setup(*SHORTER))
+    folder, state = training.checkpoint.parent, {"step": training.total_steps, "metrics": {"miou": 0.5}}
+    checkpoint.save(folder, {**state, "evaluated": 0}, keep=1, best=False)
+    assert training.metrics is None
+    checkpoint.save(folder, {**state, "evaluated": training.total_steps}, keep=1, best=False)
+    assert training.metrics == {"miou": 0.5}
 
 
 @pytest.mark.slow

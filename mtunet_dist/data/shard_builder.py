@@ -67,7 +67,10 @@ class ShardTask:
 
 def _stamps(sample: Sample) -> list[tuple[int, int]]:
     """Size and time of the last change of the files that ``sample`` names."""
-    found = [path.stat() for path in vars(sample).values() if isinstance(path, Path)]
+    try:
+        found = [path.stat() for path in vars(sample).values() if isinstance(path, Path)]
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
     return [(stat.st_size, stat.st_mtime_ns) for stat in found]
 
 

@@ -99,8 +99,8 @@ DATASETS: dict[str, Dataset] = {
     ),
     "cityscapes": Dataset(
         title="Cityscapes",
-        root="data/cityscapes",
-        prepare="mtunet prepare cityscapes PATH/TO/cityscapes data/cityscapes classes=2 depth=inverse",
+        root="data/cityscapes2",
+        prepare="mtunet prepare cityscapes PATH/TO/cityscapes data/cityscapes2 classes=2 depth=inverse",
         report=Splits(train="train", test="val"),  # the labels of its test split are withheld
         validation=None,
         overrides=("eval_batch_size=8",),

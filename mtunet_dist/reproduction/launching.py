@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,13 +16,14 @@ from pathlib import Path
 import torch
 
 from mtunet_dist.config import Config
+from mtunet_dist.environment import cpus
 from mtunet_dist.errors import InputError, PreemptedError
 from mtunet_dist.preemption import StopRequest
 from mtunet_dist.reproduction.trainings import Training
 
 LOG = "train.log"
 POLL_S = 0.2
-STOP_PATIENCE_S = 90.0  # torchrun gives its processes 30 seconds
+STOP_PATIENCE_S = 150.0  # torchrun gives its processes 30 seconds, launch/local.py 120
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Launcher:
     def processes(self, config: Config) -> int:
         """Of torchrun: one per GPU, or two on CPU cores, which the jobs share; fewer if the batch cannot be shared."""
         gpus = 0 if config.device == "cpu" else torch.cuda.device_count()
-        wanted = gpus or max(1, min(2, _cpus()) // self.jobs)
+        wanted = gpus or max(1, min(2, cpus()) // self.jobs)
         samples = config.batch_size // config.optim.accumulate
         return max(n for n in range(1, wanted + 1) if samples % n == 0)
 
@@ -67,7 +69,7 @@ class Launcher:
         """Of the process: torchrun left alone gives each of its processes one thread."""
         if self.template is not None:
             return dict(os.environ)
-        threads = max(1, _cpus() // (self.processes(training.config) * self.jobs))
+        threads = max(1, cpus() // (self.processes(training.config) * self.jobs))
         return {"OMP_NUM_THREADS": str(threads), **os.environ}
 
 
@@ -124,14 +126,23 @@ def _start(training: Training, launcher: Launcher) -> _Started:
 
 def _stop(running: Sequence[_Started]) -> None:
     for started in running:
-        started.process.terminate()
+        _signal(started, signal.SIGTERM)
     deadline = time.monotonic() + STOP_PATIENCE_S
     for started in running:
-        try:
-            started.process.wait(timeout=max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            started.process.kill()
-            started.process.wait()
+        while _signal(started, 0) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        _signal(started, signal.SIGKILL)
+        started.process.wait()
+
+
+def _signal(started: _Started, number: int) -> bool:
+    """Send it to all of the command's processes, as a shell script would not pass it on; whether there is any."""
+    started.process.poll()
+    try:
+        os.killpg(started.process.pid, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _failure(started: _Started) -> str | None:
@@ -146,7 +157,3 @@ def _failure(started: _Started) -> str | None:
         lines = file.read().decode(errors="replace").splitlines()
     said = [line.strip() for line in lines if line.startswith("error: ")] or [line.strip() for line in lines[-1:]]
     return f"exit code {code}: {said[-1] if said else 'it said nothing'} ({started.log})"
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0))

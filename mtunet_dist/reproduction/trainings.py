@@ -77,9 +77,9 @@ class Training:
         if not self.checkpoint.is_file():
             return None
         found = [r for r in self.records("eval") if r["step"] == self.total_steps]
-        if not found:  # the disk was full for a while, and on_write_error=continue
-            saved: dict[str, float] = checkpoint.load(self.checkpoint)["metrics"]
-            return saved
+        if not found:  # it was asked to stop before that; or the disk was full, and on_write_error=continue
+            saved = checkpoint.load(self.checkpoint)
+            return saved["metrics"] if saved["evaluated"] == saved["step"] else None
         return {key: float("nan") if v is None else v for key, v in found[-1].items()}
 
     @property
@@ -102,9 +102,7 @@ class Training:
         """Write config.yaml into its run folder, the file that it is started with."""
         self.dir.mkdir(parents=True, exist_ok=True)
         file = self.dir / "config.yaml"
-        temporary = file.with_suffix(".tmp")
-        save_config(self.config, temporary)
-        temporary.replace(file)
+        save_config(self.config, file)
         return file
 
 
