@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +62,16 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
     write_folder_source(folder / "source")
     prepare("folder", folder / "source", folder / "prepared", height=HEIGHT, width=WIDTH, shard_size=4, workers=0)
+    return folder / "prepared"
+
+
+@pytest.fixture(scope="session")
+def three_splits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared dataset of splits train, val and test, 12, 5 and 5 samples of 32x64, which every network takes."""
+    folder = tmp_path_factory.mktemp("splits")
+    write_folder_source(folder / "source")
+    shutil.copytree(folder / "source" / "val", folder / "source" / "test")
+    prepare("folder", folder / "source", folder / "prepared", height=32, width=64, workers=0)
     return folder / "prepared"
 
 

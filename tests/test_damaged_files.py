@@ -23,6 +23,7 @@ from damage import CPU, HARMLESS, LOADER_ONLY, MODES, NAMED, UNDETECTABLE, WRONG
 from PIL import Image
 
 from mtunet_dist.config import DataConfig
+from mtunet_dist.data.dali import DaliLoader
 from mtunet_dist.data.loader import make_loader
 from mtunet_dist.data.order import EvalOrder
 from mtunet_dist.data.prepared import PreparedDataset, verify
@@ -273,7 +274,7 @@ def test_training_stops_at_a_damaged_sample(in_shards: dict[str, Shards], loader
         assert "cache" in loader or split.describe(i) in str(error.value)
 
 
-def test_what_only_dali_refuses_is_named(prepared: Path, tmp_path: Path) -> None:
+def test_what_only_dali_refuses_is_named(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lengths that PIL does not look at: of a PNG's last chunk and a JPEG's first. Our checksums are made to fit."""
     good, copy = tmp_path / "good", tmp_path / "copy"
     size = {"height": 32, "width": 48}
@@ -299,3 +300,8 @@ def test_what_only_dali_refuses_is_named(prepared: Path, tmp_path: Path) -> None
     assert (masked, loader.skipped) == ([2, 5, 6], 3)
     with pytest.raises(InputError, match=r"002 in .*train-00000\.tar: DALI cannot decode it although PIL can"):
         next(make_loader(DataConfig(root="", threads=1), split, order, CPU).batches())
+
+    # Where it refuses all, it is not the samples, but DALI that lacks something.
+    monkeypatch.setattr(DaliLoader, "_passes", lambda self, i, *, black=False: black)
+    with pytest.raises(RuntimeError, match="decod"):
+        next(make_loader(DataConfig(root="", threads=1, on_error="skip"), split, order, CPU).batches())

@@ -107,6 +107,16 @@ def test_a_request_to_a_process_to_stop_is_not_taken_for_a_failure(start: Start,
     assert final_state(tmp_path / "run")["step"] == records(tmp_path / "run", "train")[-1]["step"]
 
 
+def test_a_stop_without_a_checkpoint_is_a_failure(start: Start, tmp_path: Path) -> None:
+    process = start("epochs=1000000", "checkpoint.every_steps=0", "checkpoint.every_epochs=1000000")
+    wait_until(lambda: steps_done(tmp_path / "run") >= 1, process)
+    (tmp_path / "run" / "checkpoints").write_text("no folder, so nothing can be written to it")
+    process.terminate()
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 2, errors
+    assert "error: cannot save checkpoint" in errors
+
+
 def test_processes_do_not_outlive_a_killed_launcher(start: Start, tmp_path: Path) -> None:
     process = start("epochs=1000000")
     wait_until(lambda: steps_done(tmp_path / "run") >= 1, process)

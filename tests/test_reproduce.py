@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -17,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_folder_source
 from PIL import Image
 
 from mtunet_dist import checkpoint, reproduce
@@ -26,7 +24,6 @@ from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError, PreemptedError
 from mtunet_dist.metrics import DepthMetric, SegmentationMetric, delta_m
 from mtunet_dist.preemption import StopRequest
-from mtunet_dist.prepare import prepare
 from mtunet_dist.reproduction import experiments, figures, published, table
 from mtunet_dist.reproduction.budgets import BUDGETS
 from mtunet_dist.reproduction.experiments import DATASETS, SYSTEMS, TARGETS, Target
@@ -38,22 +35,12 @@ NEVER = f"{sys.executable} -c 1/0 {{config}}"  # a launcher that fails whenever 
 MakeSetup = Callable[..., Setup]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Splits train, val and test of 12, 5 and 5 samples of 32x64, which every network takes."""
-    folder = tmp_path_factory.mktemp("dataset")
-    write_folder_source(folder / "source")
-    shutil.copytree(folder / "source" / "val", folder / "source" / "test")
-    prepare("folder", folder / "source", folder / "prepared", height=32, width=64, workers=0)
-    return folder / "prepared"
-
-
 @pytest.fixture
-def make_setup(data: Path, tmp_path: Path) -> MakeSetup:
+def make_setup(three_splits: Path, tmp_path: Path) -> MakeSetup:
     """``make_setup("epochs=1", ..., seeds=2)``: the smoke budget on the tiny data with overrides."""
 
     def make(*overrides: str, budget: str = "smoke", seeds: int | None = None, validation: bool = False) -> Setup:
-        roots = dict.fromkeys(DATASETS, str(data))
+        roots = dict.fromkeys(DATASETS, str(three_splits))
         return Setup(tmp_path, budget, BUDGETS[budget], roots, tuple(overrides), seeds, validation)
 
     return make
@@ -90,13 +77,13 @@ def by_system(path: Path) -> dict[str, dict[str, str]]:
 
 @pytest.mark.slow
 def test_trainings_become_a_table_and_figures_and_are_not_run_again(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    three_splits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = Target("Two systems", "nyuv2", ("st_unet", "mtunet"))
     monkeypatch.setitem(experiments.TARGETS, "table2", small)
     monkeypatch.setitem(experiments.TARGETS, "figure3", small)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    words = ["table2", "figure3", "figure5", "--nyuv2", str(data), "--out", str(tmp_path), *SHORTER]
+    words = ["table2", "figure3", "figure5", "--nyuv2", str(three_splits), "--out", str(tmp_path), *SHORTER]
     assert run(monkeypatch, *words) == 0, capsys.readouterr()
 
     out = tmp_path / "smoke"
@@ -125,7 +112,7 @@ def test_trainings_become_a_table_and_figures_and_are_not_run_again(
 
 @pytest.mark.slow
 def test_a_failed_training_is_passed_over_and_said(
-    data: Path,
+    three_splits: Path,
     make_setup: MakeSetup,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -135,7 +122,7 @@ def test_a_failed_training_is_passed_over_and_said(
     monkeypatch.setitem(experiments.TARGETS, "table2", target)
     pretend(plan(target, make_setup(*SHORTER))[1], 0.5, 1.0)
     said = f"{sys.executable} -c \"import sys; print('working'); sys.exit('error: no memory')\" {{config}}"
-    words = ["table2", "--nyuv2", str(data), "--out", str(tmp_path), *SHORTER]
+    words = ["table2", "--nyuv2", str(three_splits), "--out", str(tmp_path), *SHORTER]
     assert run(monkeypatch, *words, "--launcher", said) == reproduce.FAILED
     assert "2 trainings failed" in capsys.readouterr().out
     text = (tmp_path / "smoke" / "table2.md").read_text(encoding="utf-8")
@@ -281,9 +268,9 @@ def test_published_rows_stand_only_beside_the_same_classes_and_size(dataset: Pre
     assert not table.published_rows("cityscapes", same)
 
 
-def test_the_chart_of_weights_shows_what_was_recorded(make_setup: MakeSetup, data: Path) -> None:
+def test_the_chart_of_weights_shows_what_was_recorded(make_setup: MakeSetup, three_splits: Path) -> None:
     trainings = plan(TARGETS["figure4"], make_setup(*SHORTER))
-    split = PreparedDataset(data).split("val")
+    split = PreparedDataset(three_splits).split("val")
     empty = figures.weights(trainings, split)
     for i, training in enumerate(trainings):
         pretend(training, 0.1 * i, 1.0 + i, weights=(0.1 + 0.15 * i, 0.5))
@@ -313,13 +300,16 @@ def test_the_chart_of_weights_shows_what_was_recorded(make_setup: MakeSetup, dat
 def test_bad_input_ends_before_anything_is_written(
     words: list[str],
     message: str,
-    data: Path,
+    three_splits: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    assert run(monkeypatch, "--nyuv2", str(data), "--cityscapes", str(data), "--out", str(out), *words) == 2
+    assert (
+        run(monkeypatch, "--nyuv2", str(three_splits), "--cityscapes", str(three_splits), "--out", str(out), *words)
+        == 2
+    )
     assert message in capsys.readouterr().err
     assert not out.exists()
 

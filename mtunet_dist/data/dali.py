@@ -78,6 +78,7 @@ class DaliLoader:
             except RuntimeError:
                 # DALI's message does not say which sample it was; if none was, the error is DALI's own.
                 samples = self.order.plan(index).samples
+                iterator = None  # its memory may be what is lacking
                 if not (self.broken.search(self.split, samples) or self._search_alone(samples)):
                     raise
                 # An iterator that met an error ends early. The new one puts a stand-in where the broken sample was.
@@ -92,11 +93,13 @@ class DaliLoader:
     def _search_alone(self, samples: np.ndarray) -> bool:
         """Put ``samples`` through DALI one by one and take note of those it refuses though PIL does not; whether any.
 
-        None is, if it refuses a black image too, or where it is not DALI that decodes.
+        None is, if it refuses a black image too, or all of several, or where it is not DALI that decodes.
         """
         if self.pool is not None or not self._passes(int(samples[0]), black=True):
             return False
         refused = [i for i in samples.tolist() if i not in self.broken.positions and not self._passes(i)]
+        if len(refused) == len(samples) > 1:  # a GPU without memory left takes the black image, which the CPU decodes
+            return False
         for i in refused:
             reason = "DALI cannot decode it although PIL can; prepare it again, or use data.loader=torch"
             self.broken.add(i, f"{self.split.describe(i)}: {reason}")
