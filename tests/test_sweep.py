@@ -163,7 +163,9 @@ def logs_of(folder: Path) -> dict[str, str]:
 
 def disturb_after(line: str, file: Path, disturb: Callable[[psutil.Process], None]) -> tuple[int, list[str]]:
     """Start the sweep, and ``disturb`` its driver as soon as it prints ``line``; its exit code and what it printed."""
-    with subprocess.Popen(command(file), stdout=subprocess.PIPE, text=True) as process:
+    # A script that runs these tests with "&" has them ignore SIGINT, and whatever they start.
+    listening = ["env", "--default-signal=INT", *command(file)]
+    with subprocess.Popen(listening, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         seen = []
         for said in process.stdout:
