@@ -14,7 +14,6 @@ change the config of every variant.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mtunet_dist import distributed
 from mtunet_dist.config import Config, load_config
 from mtunet_dist.errors import InputError, command
+from mtunet_dist.machine import cpus
 from mtunet_dist.multitask import DTYPES, build_step
 from steps import CLASSES, DEPTH, random_batch, training
 from turns import Crew, Turn, about, markdown, median, take_turns
@@ -218,7 +218,7 @@ def main() -> None:
     setting = Setting(device, height, width, precisions, args.overrides, matrix, args.rounds, args.seconds)
     batch = args.batch or (32 if on_gpu else 2)
     sizes = args.batches or ([8, 16, 32, 64, 128, 256] if on_gpu else [])
-    most = args.processes or min(8, torch.cuda.device_count() if on_gpu else len(os.sched_getaffinity(0)))
+    most = args.processes or min(8, torch.cuda.device_count() if on_gpu else cpus())
     head = f"{about('step.py')}; {torch.get_num_threads()} threads; images of {height}x{width}; medians of "
     text = head + f"{args.rounds} rounds\n"
     for name in args.width:

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mtunet_dist.environment import cpus
 from mtunet_dist.errors import InputError, command
+from mtunet_dist.machine import cpus
 from turns import about, markdown
 
 REPOSITORY = Path(__file__).parents[1]

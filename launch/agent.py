@@ -33,8 +33,8 @@ from torch.distributed.elastic.rendezvous import (
 
 import rendezvous
 from mtunet_dist.config import Config
-from mtunet_dist.environment import cpus
 from mtunet_dist.errors import HUNG, PREEMPTED, InputError
+from mtunet_dist.machine import cpus
 from mtunet_dist.preemption import SIGNALS
 from network import Endpoint
 

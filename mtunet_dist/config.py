@@ -25,6 +25,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from mtunet_dist import plugins
 from mtunet_dist.errors import InputError, closest
+from mtunet_dist.files import write_text
 
 T = TypeVar("T")
 
@@ -194,9 +195,7 @@ def _merge(schema: type[T], layers: list[Any], overrides: Sequence[str]) -> T:
 
 def save_config(config: Config, path: Path) -> None:
     """Write ``config`` as YAML that ``load_config`` reads back to an equal one; a kill leaves the file of before."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(to_yaml(config), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, to_yaml(config))
 
 
 def to_yaml(config: object) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mtunet_dist import __version__, distributed
+from mtunet_dist.machine import cpus
 
 PACKAGES = ("nvidia-dali-cuda130", "deepspeed", "numpy", "pillow")
 
@@ -31,11 +32,6 @@ def fingerprint() -> dict[str, str]:
         "cpu": _cpu(),
         "gpus": ", ".join(gpus) or "none",
     }
-
-
-def cpus() -> int:
-    """CPU cores that this process may use, which a job or container may have fewer of than the machine."""
-    return len(os.sched_getaffinity(0))
 
 
 def environment() -> dict[str, Any]:

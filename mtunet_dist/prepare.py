@@ -24,10 +24,11 @@ from mtunet_dist.data.prepared import PreparedDataset, verify
 from mtunet_dist.data.report import progress, table
 from mtunet_dist.data.shard_builder import SIDECAR, ShardResult, ShardTask, Statistics, finished
 from mtunet_dist.data.shard_workers import run
-from mtunet_dist.data.shards import Index, RgbFormat, TargetFormat, write_json
-from mtunet_dist.environment import cpus
+from mtunet_dist.data.shards import Index, RgbFormat, TargetFormat
 from mtunet_dist.errors import InputError, MTUNetError, command
+from mtunet_dist.files import write_json
 from mtunet_dist.folder_lock import LOCK, lock_folder
+from mtunet_dist.machine import cpus
 from mtunet_dist.sources._source import Sample, Source
 
 MAX_BAD = 10  # bad samples that end the work, and that are listed

@@ -21,6 +21,7 @@ from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.data.torch_loader import TorchLoader
 from mtunet_dist.errors import InputError, closest, command
 from mtunet_dist.evaluate import evaluate
+from mtunet_dist.files import write_json
 from mtunet_dist.folder_lock import lock_folder
 from mtunet_dist.multitask import make_tasks
 from mtunet_dist.preemption import SIGNALS, StopRequest
@@ -141,9 +142,7 @@ def constant_row(training: Training, dataset: PreparedDataset) -> Row:
         loader = TorchLoader(test, EvalOrder(len(test), batch_size=config.eval_batch_size), CPU)
         known = {"of": key, "metrics": evaluate(ConstantPredictor(tasks, train), loader, CPU).as_dict()["metrics"]}
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(known), encoding="utf-8")
-        temporary.replace(file)
+        write_json(file, known)
     return Row("constant", "best constant", {name: [v] for name, v in known["metrics"].items() if v is not None})
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from mtunet_dist import checkpoint, distributed
 from mtunet_dist import environment as environments
 from mtunet_dist.config import Config, config_from_text, flat, save_config, to_yaml
-from mtunet_dist.data.shards import write_json
 from mtunet_dist.errors import InputError, MTUNetError
+from mtunet_dist.files import write_json
 from mtunet_dist.folder_lock import lock_folder
 from mtunet_dist.run import Run, build
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from mtunet_dist.environment import cpus
 from mtunet_dist.errors import InputError, command
+from mtunet_dist.machine import cpus
 from mtunet_dist.synthetic.tree import CITIES, GENERATOR, Settings, scene_files, write_scene
 
 RECORD = "synthetic.json"

@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mtunet_dist import distributed
 from mtunet_dist.errors import MTUNetError
+from mtunet_dist.files import write_text
 
 PLAIN_LINE_SECONDS = 10.0
 BOARD_RETRY_SECONDS = 60.0  # between tries to open TensorBoard's file on a full disk; each leaves an empty file
@@ -224,6 +225,4 @@ def _drop_records_after(path: Path, step: int) -> None:
             continue
         if record["step"] <= step:
             kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(kept))

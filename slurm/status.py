@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtunet_dist.errors import PREEMPTED, InputError, command
+from mtunet_dist.folder_lock import LOCK
 
 INSIDE = {"checkpoints", "tensorboard", "pictures", "slurm", "ray_tune"}  # of a run; no runs are in there
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING"}
@@ -58,7 +59,7 @@ def status_of(folder: Path, queue: Mapping[str, str], locked: set[int]) -> Statu
     epoch, epochs = last.get("epoch"), config.get("epochs")
     steps = [int(m[1]) for p in (folder / "checkpoints").glob("step_*.pt") if (m := re.search(r"_(\d+)\.pt", p.name))]
     saved = bool(steps) and max(steps) >= last.get("step", 0)
-    lock = folder / "lock"
+    lock = folder / LOCK
     if job in queue:
         state = "queued" if queue[job] in WAITING else "running"
     elif lock.exists() and lock.stat().st_ino in locked:

@@ -23,12 +23,12 @@ from typing import Any, get_type_hints
 import yaml
 
 from job_script import Job, Options, render
-from mtunet_dist import reproduce
 from mtunet_dist.config import Config, load_as, load_config, to_yaml
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.environment import environment
 from mtunet_dist.errors import InputError, MTUNetError, closest, command
+from mtunet_dist.files import write_json
 
 HOME = Path(__file__).resolve().parents[1]
 TIME = re.compile(r"(\d+-)?\d+(:\d+){1,2}|\d+-\d+")
@@ -111,6 +111,8 @@ def sweep_work(words: Sequence[str], options: Options) -> Work:
 
 def reproduce_work(words: Sequence[str], options: Options) -> Work:
     """A table of a paper, by one process on one node. Raises InputError as mtunet_dist.reproduce does."""
+    from mtunet_dist import reproduce  # for its figures it imports matplotlib, which no other job waits for
+
     if options.nodes > 1:
         raise InputError(f"nodes={options.nodes}: reproduce runs on one node")
     if len(options.seeds) > 1:
@@ -237,7 +239,7 @@ def submit(script: Path, options: Options) -> list[str]:
     finally:
         if jobs:
             record = {**environment(), "jobs": jobs, "options": dataclasses.asdict(options)}
-            script.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            write_json(script.with_suffix(".json"), record, indent=2)
     return jobs
 
 

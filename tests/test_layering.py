@@ -10,8 +10,8 @@ PACKAGE = REPOSITORY / "mtunet_dist"
 
 # Each layer may import the ones above it and its own. First match wins; a file that matches none fails the test.
 LAYERS = [
-    ["errors", "schema", "preemption"],
-    ["plugins", "distributed", "environment", "folder_lock", "sync_batchnorm"],
+    ["errors", "machine", "schema", "preemption"],
+    ["plugins", "distributed", "environment", "files", "folder_lock", "sync_batchnorm"],
     ["config"],
     ["losses", "metrics", "models", "synthetic"],
     ["weightings", "sources"],

@@ -279,8 +279,9 @@ def test_command_line_prepares_reports_and_verifies(
     assert "colour" in capsys.readouterr().err
 
 
-def test_workers_start_without_torch() -> None:
-    code = "import sys, mtunet_dist.data.shard_workers; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("module", ["prepare", "synthesize", "data.shard_workers"])
+def test_what_needs_no_torch_starts_without(module: str) -> None:
+    code = f"import sys, mtunet_dist.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -306,10 +306,8 @@ def test_bad_input_ends_before_anything_is_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    assert (
-        run(monkeypatch, "--nyuv2", str(three_splits), "--cityscapes", str(three_splits), "--out", str(out), *words)
-        == 2
-    )
+    folders = [f"--nyuv2={three_splits}", f"--cityscapes={three_splits}", f"--out={out}"]
+    assert run(monkeypatch, *folders, *words) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from training import MakeConfig, final_state
 import status
 import submit
 from job_script import Job, Options, render
-from mtunet_dist import preemption, tracking
+from mtunet_dist import tracking
 from mtunet_dist import train as training_loop
 from mtunet_dist.errors import InputError, MTUNetError
 from mtunet_dist.train import train
@@ -275,7 +276,7 @@ def test_states_of_a_run(make_config: MakeConfig, tmp_path: Path, monkeypatch: p
         steps(self, done, report)
         seen.append(status.status_of(run_dir, {}, status.locked_files()).state)
         if done == 4:
-            preemption.signal.raise_signal(preemption.signal.SIGUSR1)
+            signal.raise_signal(signal.SIGUSR1)
 
     monkeypatch.setattr(tracking.Tracker, "steps", look)
     with pytest.raises(MTUNetError):
@@ -317,7 +318,7 @@ def asked_before(report: Callable[..., Any]) -> Callable[..., Any]:
     """``report``, with a request to stop coming just before."""
 
     def wrapped(*args: Any) -> Any:
-        preemption.signal.raise_signal(preemption.signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)
         return report(*args)
 
     return wrapped

@@ -21,6 +21,8 @@ from training import records, wait_until
 from mtunet_dist import checkpoint
 from mtunet_dist.config import load_config
 from mtunet_dist.errors import InputError
+from mtunet_dist.folder_lock import LOCK
+from mtunet_dist.machine import cpus
 from mtunet_dist.train import train
 from sweep_config import Sweep, check_trials, find_config, load_sweep, trial_config
 from sweep_folder import read_trials
@@ -182,7 +184,7 @@ def kill_its_worker(driver: psutil.Process, run_dir: Path) -> None:
     """End the process that trains in ``run_dir``, as the kernel does when memory runs out."""
     wait_until(lambda: checkpoint.latest(run_dir / "checkpoints") is not None)
     for process in driver.children(recursive=True):
-        if any(Path(file.path) == run_dir / "lock" for file in process.open_files()):
+        if any(Path(file.path) == run_dir / LOCK for file in process.open_files()):
             process.kill()
 
 
@@ -268,7 +270,7 @@ def test_population_based_training_changes_running_trials(sweep_file: Path, tmp_
         "trials": 2,
         "epochs": 4,
         "max_concurrent": 0,
-        "cpus_per_worker": os.cpu_count(),  # one at a time: they take turns
+        "cpus_per_worker": cpus(),  # one at a time: they take turns
         "overrides": [*overrides, "weighting.name=fixed"],
         "space": {"optim.lr": {"loguniform": [1e-6, 1e-2]}, "weighting.weights": {"share": [0.3, 0.7]}},
     }

@@ -20,9 +20,10 @@ import yaml
 from rich.console import Console
 
 from mtunet_dist.config import to_yaml
-from mtunet_dist.environment import cpus
 from mtunet_dist.errors import InputError, MTUNetError, command
+from mtunet_dist.files import write_text
 from mtunet_dist.folder_lock import lock_folder
+from mtunet_dist.machine import cpus
 from sweep_config import Sweep, check_trials, find_config, load_sweep
 from sweep_folder import read_trials
 from sweep_ray import check_room, run_trials
@@ -49,9 +50,7 @@ def opened(sweep: Sweep, config: Path) -> Iterator[Path]:
                 raise InputError(f"{sweep.dir} holds a sweep over another {config}; choose another run_dir")
         else:
             shutil.copyfile(config, base)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(to_yaml(sweep), encoding="utf-8")
-        temporary.replace(file)
+        write_text(file, to_yaml(sweep))
         yield base
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from mtunet_dist.environment import cpus
 from mtunet_dist.errors import InputError
+from mtunet_dist.machine import cpus
 from sweep_config import Sweep
 
 # Read when ray is imported.

@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from mtunet_dist.data.info import FORMAT, INFO_FILE, DatasetInfo, SplitInfo
-from mtunet_dist.data.shards import read_json, sha256
+from mtunet_dist.data.shards import sha256
 from mtunet_dist.data.splits import Split, make_split, pixels_sha256
 from mtunet_dist.errors import InputError
+from mtunet_dist.files import read_json
 
 
 class PreparedDataset:

@@ -21,14 +21,13 @@ from mtunet_dist.data.shards import (
     Index,
     RgbFormat,
     TargetFormat,
-    read_json,
     sha256,
     shard_name,
-    write_json,
     write_shard,
 )
 from mtunet_dist.data.splits import file_sizes, npy_header, pixels_sha256, resized
 from mtunet_dist.errors import InputError
+from mtunet_dist.files import read_json, write_json
 from mtunet_dist.schema import VOID
 from mtunet_dist.sources._images import decode, encode
 from mtunet_dist.sources._source import RawSample, Sample, Source

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-import os
 import tarfile
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
-from mtunet_dist.errors import InputError
+from mtunet_dist.files import write_atomically
 
 RgbFormat = Literal["jpeg", "png"]
 TargetFormat = Literal["npy", "png"]
@@ -90,32 +87,6 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> Span:
     offset = tar.offset + tarfile.BLOCKSIZE
     tar.addfile(member, io.BytesIO(data))
     return offset, len(data)
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Have ``write`` fill a temporary file beside ``path``, flush it to disk, then give it its name."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    """Write ``value`` as JSON, atomically."""
-    text = json.dumps(value, indent=indent) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def read_json(path: Path) -> Any:
-    """The value in a JSON file. InputError names a file that is missing or damaged."""
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: damaged JSON: {error}") from None
 
 
 def sha256(path: Path) -> str:

@@ -15,8 +15,9 @@ import numpy as np
 
 from mtunet_dist import plugins
 from mtunet_dist.data.info import DatasetInfo, ShardInfo, SplitInfo, Stored, index_name
-from mtunet_dist.data.shards import Index, read_json
+from mtunet_dist.data.shards import Index
 from mtunet_dist.errors import InputError
+from mtunet_dist.files import read_json
 from mtunet_dist.sources._images import PARTS, decode, resize
 from mtunet_dist.sources._source import RawSample, Sample, Source
 

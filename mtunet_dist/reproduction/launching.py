@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from mtunet_dist.config import Config
-from mtunet_dist.environment import cpus
 from mtunet_dist.errors import InputError, PreemptedError
+from mtunet_dist.machine import cpus
 from mtunet_dist.preemption import StopRequest
 from mtunet_dist.reproduction.trainings import Training
 
