@@ -26,6 +26,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from mtunet_dist import plugins
 from mtunet_dist.errors import InputError, closest
 from mtunet_dist.files import write_text
+from mtunet_dist.place import own_folder
 
 T = TypeVar("T")
 
@@ -143,9 +144,21 @@ class Config:
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Defaults, then the YAML file at ``path``, then ``key=value`` overrides; plugin options filled in.
 
-    Raises InputError that names the key, the value and, for a misspelt key, the likely one.
+    The config.yaml of a run folder means the folder that it lies in, wherever that was when it was written; a
+    ``run_dir`` among the overrides wins. Raises InputError that names the key, the value and, for a misspelt key, the
+    likely one.
     """
-    return _load([_read_yaml(Path(path))] if path is not None else [], overrides)
+    return _load([_placed(_read_yaml(Path(path)), Path(path))] if path is not None else [], overrides)
+
+
+def _placed(layer: Any, path: Path) -> Any:
+    """``layer``, read from ``path``, with the run folder that ``path`` lies in, if it is a run folder's own."""
+    folder = own_folder(path)
+    if folder is not None:
+        written = OmegaConf.to_container(layer).get("run_dir")  # type: ignore[union-attr]
+        if not isinstance(written, str) or Path(written).resolve() != folder.resolve():
+            layer.run_dir = _escaped(str(folder if folder != Path() else folder.resolve()))
+    return layer
 
 
 def config_from_text(text: str, overrides: Sequence[str] = ()) -> Config:

@@ -368,7 +368,10 @@ def test_a_training_under_stage_3_resumes_to_the_bit_and_evaluates_as_under_ddp(
         (["strategy.stage=4"], r"strategy\.stage=4 is no stage of ZeRO\. Available: 0, 1, 2, 3"),
         (["strategy.stage=0", "strategy.offload_optimizer=true"], r"needs strategy\.stage=1, 2 or 3"),
         (["strategy.stage=3", "compile=true"], r"compile=true leaves nothing to compile under strategy\.stage=3"),
-        (["strategy.config_file=nowhere.json"], r"config_file=nowhere\.json cannot be read: No such file"),
+        (
+            ["strategy.config_file=nowhere.json"],
+            r"config_file=nowhere\.json \(in the working folder /.*\) cannot be read: No such file",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_refused(tmp_path: Path, words: list[str], message: str) -> None:

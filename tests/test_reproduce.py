@@ -75,6 +75,19 @@ def by_system(path: Path) -> dict[str, dict[str, str]]:
         return {line["system"]: line for line in csv.DictReader(file)}
 
 
+def test_a_moved_out_folder_is_known_by_its_new_place(make_setup: MakeSetup, tmp_path: Path) -> None:
+    setup = make_setup(seeds=1)
+    before = plan(TARGETS["table2"], setup)
+    for training in before:
+        pretend(training, miou=0.5, depth=1.0)
+        training.write_config()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "smoke").rename(tmp_path / "b" / "smoke")
+    after = plan(TARGETS["table2"], dataclasses.replace(setup, out=tmp_path / "b"))
+    assert len(after) == len(before) and all(t.metrics and t.metrics["miou"] == 0.5 for t in after)
+    assert [load_config(t.dir / "config.yaml").run_dir for t in after] == [t.config.run_dir for t in after]
+
+
 @pytest.mark.slow
 def test_trainings_become_a_table_and_figures_and_are_not_run_again(
     three_splits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -12,6 +12,7 @@ from mtunet_dist.data.shards import sha256
 from mtunet_dist.data.splits import Split, make_split, pixels_sha256
 from mtunet_dist.errors import InputError
 from mtunet_dist.files import read_json
+from mtunet_dist.place import shown
 
 
 class PreparedDataset:
@@ -67,7 +68,7 @@ def _read_info(root: Path) -> DatasetInfo:
     path = root / INFO_FILE
     if not path.is_file():
         state = "is not a complete prepared dataset" if root.is_dir() else "does not exist"
-        raise InputError(f"{root} {state} (no {INFO_FILE}); make it with python -m mtunet_dist.prepare")
+        raise InputError(f"{shown(root)} {state} (no {INFO_FILE}); make it with python -m mtunet_dist.prepare")
     value = read_json(path)
     version = value.get("format") if isinstance(value, dict) else None
     if version != FORMAT:

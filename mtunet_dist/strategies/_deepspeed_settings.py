@@ -8,6 +8,7 @@ from typing import Any
 
 from mtunet_dist.config import Config, leaves
 from mtunet_dist.errors import InputError
+from mtunet_dist.place import shown
 
 Settings = dict[str, Any]
 STAGES = (0, 1, 2, 3)
@@ -91,7 +92,7 @@ def _read(path: Path) -> Settings:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"strategy.config_file={path} cannot be read: {error.strerror}") from None
+        raise InputError(f"strategy.config_file={shown(path)} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise InputError(f"strategy.config_file={path} is not JSON: {error}") from None
     if not isinstance(content, dict):
