@@ -66,7 +66,17 @@ def test_plugin_is_the_model() -> None:
 
 
 @pytest.mark.parametrize("size", [(32, 32), (32, 48), (64, 16)])
-@pytest.mark.parametrize("options", [{}, {"dense_scope": "block"}, {"dense_scope": "none"}, {"attention": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dense_scope": "block"},
+        {"dense_scope": "none"},
+        {"attention": False},
+        {"dense_image": True, "upsampling": "bilinear"},
+        {"cross_talk_from": "raw", "skips_after_dropout": True},
+    ],
+)
 def test_output_shapes(size: tuple[int, int], options: dict[str, Any]) -> None:
     outputs = small(**options)(images(2, 3, *size))
     assert {task: tuple(o.shape) for task, o in outputs.items()} == {
@@ -90,6 +100,8 @@ def test_size_that_is_no_multiple_of_16_names_the_nearest() -> None:
         (OUTPUTS, {"widths": (4, 6, 8)}, "4 positive numbers"),
         (OUTPUTS, {"bottleneck": 0}, "positive"),
         (OUTPUTS, {"dense_scope": "all"}, "encoder, block, none"),
+        (OUTPUTS, {"upsampling": "nearest"}, "transposed, bilinear"),
+        (OUTPUTS, {"cross_talk_from": "mask"}, "attended, raw"),
         (OUTPUTS, {"dropout": 1.0}, r"\[0, 1\)"),
         (OUTPUTS, {"dropout": -0.1}, r"\[0, 1\)"),
     ],
@@ -166,6 +178,31 @@ def test_dropout_hits_added_maps_once_and_spares_skips() -> None:
     assert deepest.shape == (2, 10, 2, 3)
 
 
+def test_the_image_joins_what_every_conv_sees_if_asked() -> None:
+    plain, joined = in_channels(small()), in_channels(small(dense_image=True))
+    assert joined == [plain[0], *(n + 3 for n in plain[1:])]
+
+
+def test_skips_come_after_dropout_if_asked() -> None:
+    dropped: list[Tensor] = []
+    model = small(dropout=0.5, skips_after_dropout=True)
+    model.encoder.dropout.register_forward_hook(lambda _m, _i, output: dropped.append(output))
+    skips, _ = model.encoder(images())
+    assert all(any(s is d for d in dropped) for s in skips)
+
+
+@pytest.mark.parametrize("said", ["attended", "raw"])
+def test_cross_talk_says_the_output_with_or_without_the_mask(said: Any) -> None:
+    model = small(cross_talk_from=said).eval()
+    speaker, listener = model.decoders["segmentation"].blocks[1], model.decoders["depth"].blocks[2]
+    spoken: list[Tensor] = []
+    heard: list[Tensor] = []
+    speaker.register_forward_hook(lambda _m, _i, output: spoken.append(output[0 if said == "attended" else 1]))
+    listener.register_forward_hook(lambda _m, inputs, _o: heard.append(inputs[0][:, -8:]))
+    model(images())
+    assert torch.equal(heard[0], nn.functional.interpolate(spoken[0], scale_factor=2, mode="bilinear"))
+
+
 def test_masks_are_in_unit_range_with_one_per_block() -> None:
     outputs, masks = small().forward_with_masks(images())
     assert outputs.keys() == masks.keys() == OUTPUTS.keys()
@@ -178,8 +215,10 @@ def test_mask_multiplies_the_block_output() -> None:
     model = small().eval()
     block = model.decoders["depth"].blocks[0]
     x = torch.randn(2, 10 + 12, 4, 6)
-    output, mask = block(x)
-    assert torch.equal(output, mask * block.conv2(block.conv1(x)))
+    output, raw, mask = block(x)
+    assert torch.equal(raw, block.conv2(block.conv1(x)))
+    assert torch.equal(output, mask * raw)
+    assert torch.equal(mask, block.mask(block.conv1(x)))  # the paper: from conv 1's output, not from conv 2's
 
 
 def test_without_attention_there_are_no_masks() -> None:

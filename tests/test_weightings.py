@@ -82,17 +82,73 @@ def test_learned_epochs_by_hand() -> None:
     assert lambdas(weighting) == pytest.approx([0.475, 0.525])
 
     run_epoch(weighting, [(2.0, 1.0), (4.0, 3.0)])
-    # Means 3 and 2, sum lambda L = 2.475: gradient 0.525 / 2 and -0.475 / 2. Variances 2, 2: alpha 1 and 4.
+    # Means 3 and 2, sum lambda L = 2.475: gradient 0.525 / 2 and -0.475 / 2. Variances 2, 2, so sigma is 2 after both
+    # epochs for the first task, 1/2 and then (1/2 + 2) / 2 for the second: alpha 1 and 2.5.
     moved = torch.tensor([0.95 - 0.02625, 1.05 + 0.02375], dtype=torch.float64)
     expected = FLOOR + (moved - FLOOR) / (moved - FLOOR).sum() * 2 * (1 - FLOOR)
     torch.testing.assert_close(weighting.raw_weights, expected)
-    torch.testing.assert_close(weighting.alpha, torch.tensor([1.0, 4.0], dtype=torch.float64), rtol=1e-7, atol=0)
+    torch.testing.assert_close(weighting.alpha, torch.tensor([1.0, 2.5], dtype=torch.float64), rtol=1e-7, atol=0)
     scaled = expected * weighting.alpha
     assert lambdas(weighting) == pytest.approx((scaled / scaled.sum()).tolist())
 
     run_epoch(weighting, [(2.0, 1.0), (2.0, 1.2)])
-    # Variances 0 and 0.02: alpha (1 + 0) / 2 and (4 + 0.01) / 2.
-    torch.testing.assert_close(weighting.alpha, torch.tensor([0.5, 2.005], dtype=torch.float64), rtol=1e-6, atol=0)
+    # Variances 0 and 0.02: sigma 4/3 after 2, and 2.52 / 3 after 1.25.
+    expected = torch.tensor([(4 / 3) / 2, (2.52 / 3) / 1.25], dtype=torch.float64)
+    torch.testing.assert_close(weighting.alpha, expected, rtol=1e-6, atol=0)
+
+
+def with_variance(variance: float) -> tuple[float, float]:
+    """Two losses whose sample variance (n - 1) is ``variance``, around 1."""
+    half = (variance / 2) ** 0.5
+    return 1 - half, 1 + half
+
+
+def alphas_of(history: list[tuple[float, float]], window: int) -> list[list[float]]:
+    """alpha of both tasks after each epoch, for a history of the variances (task 1, task 2) of the epochs."""
+    weighting, alphas = LearnedWeighting(TASKS, window=window), []
+    for first, second in history:
+        weighting.local_count.fill_(2)
+        pairs = torch.tensor([with_variance(first), with_variance(second)], dtype=torch.float64)
+        weighting.local_sum.copy_(pairs.sum(1))
+        weighting.local_squares.copy_(pairs.square().sum(1))
+        weighting.end_epoch()
+        alphas.append(weighting.alpha.tolist())
+    return alphas
+
+
+def test_alpha_is_equation_5_as_the_paper_writes_it() -> None:
+    history = [(0.9, 0.2), (0.5, 0.3), (0.4, 0.3), (0.1, 0.25), (0.2, 0.05), (0.05, 0.05)]
+    window, epsilon = 3, 1e-8
+    sigma = [[sum(v) / len(v) for v in zip(*history[max(0, t - window) : t], strict=True)] for t in range(1, 7)]
+    for t, alpha in enumerate(alphas_of(history, window), start=1):
+        by_hand = [(s + epsilon) / (b + epsilon) for s, b in zip(sigma[t - 1], sigma[t - 2], strict=True)]
+        assert alpha == pytest.approx(by_hand if t >= 2 else [1.0, 1.0], rel=1e-9)
+
+
+def test_alpha_is_a_ratio_of_averages_and_not_an_average_of_ratios() -> None:
+    alternating = alphas_of([(1.0, 4.0), (4.0, 1.0)] * 3, window=5)[-1]
+    assert alternating == pytest.approx([2.8 / 2.2, 2.2 / 2.8])
+    assert alphas_of([(1e-10, 0.0)] * 6, window=5)[-1] == pytest.approx([1.0, 1.0], abs=1e-6)
+
+
+def test_initial_weights_are_scaled_and_in_task_order() -> None:
+    weighting = LearnedWeighting(TASKS, initial=(3.0, 9.0))
+    assert weighting.raw_weights.tolist() == [0.5, 1.5]
+    assert lambdas(weighting) == [0.25, 0.75]
+    for wrong in ((1.0,), (1.0, 0.0), (1.0, -1.0), (1.0, float("nan")), (1.0, 1e9)):
+        with pytest.raises(InputError, match="initial"):
+            LearnedWeighting(TASKS, initial=wrong)
+
+
+def test_checkpoints_of_before_the_ratio_of_averages_still_load() -> None:
+    weighting = LearnedWeighting(TASKS, window=3)
+    state = weighting.state_dict()
+    del state["variances"]
+    old = {"variance": torch.tensor([4.0, 2.0]).double(), "ratios": torch.ones(3, 2).double()}
+    weighting.load_state_dict({**state, **old, "epochs": torch.tensor(7)})
+    run_epoch(weighting, [with_variance(2.0), with_variance(2.0)])
+    assert weighting.epochs == 2
+    assert weighting.variances[1].tolist() == [4.0, 2.0]
 
 
 @pytest.mark.parametrize("parametrization", ["linear", "exp"])
@@ -169,7 +225,7 @@ def test_variance_survives_a_large_offset() -> None:
     values = [(1e4 + i * 2**-9, 1e-4 * i) for i in range(50)]
     run_epoch(weighting, values)
     seen = torch.tensor(values).double()
-    torch.testing.assert_close(weighting.variance, seen.var(0), rtol=1e-9, atol=0)
+    torch.testing.assert_close(weighting.variances[0], seen.var(0), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"update": "step"}, {"parametrization": "exp", "optimizer": "adam"}])
@@ -236,7 +292,7 @@ def test_two_processes_agree_with_one_that_sees_all(tmp_path: Path) -> None:
         run_epoch(alone["step"], epoch)
         alone["step"].raw_weights.copy_(stepped)
     for update, weighting in alone.items():
-        for name in ("raw_weights", "alpha", "ratios", "variance", "epochs"):
+        for name in ("raw_weights", "alpha", "variances", "epochs"):
             expected = weighting.state_dict()[name]
             assert torch.equal(first[update][name], second[update][name])
             torch.testing.assert_close(first[update][name], expected, rtol=1e-12, atol=1e-12)

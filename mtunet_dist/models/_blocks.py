@@ -40,20 +40,38 @@ class UpConv(nn.ConvTranspose2d):
         super().__init__(in_channels, out_channels, kernel_size=2, stride=2)
 
 
-class DenseEncoder(nn.Module):
-    """U-Net encoder with dense connections. See ``MTUNet`` for what ``dense_scope`` selects.
+class Bilinear(nn.Sequential):
+    """Doubles height and width bilinearly, then a 1x1 convolution sets the channels."""
 
-    ``forward(image (N, 3, H, W))`` returns ``(skips, deepest)``: the conv-2 output of each block before dropout,
-    shallowest first, (N, widths[i], H / 2**i, W / 2**i); and the last of them after dropout and pooling.
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(in_channels, out_channels, 1))
+
+
+class DenseEncoder(nn.Module):
+    """U-Net encoder with dense connections. See ``MTUNet`` for what its options select.
+
+    ``forward(image (N, 3, H, W))`` returns ``(skips, deepest)``: the conv-2 output of each block (before dropout unless
+    ``skips_after_dropout``), shallowest first, (N, widths[i], H / 2**i, W / 2**i); and the last of them after dropout
+    and pooling.
     """
 
-    def __init__(self, widths: Sequence[int], dense_scope: str, dropout: float) -> None:
+    def __init__(
+        self,
+        widths: Sequence[int],
+        dense_scope: str,
+        dropout: float,
+        *,
+        dense_image: bool = False,
+        skips_after_dropout: bool = False,
+    ) -> None:
         super().__init__()
         self.dense_scope = dense_scope
+        self.skips_after_dropout = skips_after_dropout
+        self.image_in_history = dense_scope == "block" or (dense_scope == "encoder" and dense_image)
         self.dropout = nn.Dropout(dropout)
         self.pool = nn.MaxPool2d(2)
         self.conv1s, self.conv2s = nn.ModuleList(), nn.ModuleList()
-        first_in, history = 3, 3 if dense_scope == "block" else 0
+        first_in, history = 3, 3 if self.image_in_history else 0
         for width in widths:
             self.conv1s.append(ConvReLUBN(first_in, width))
             self.conv2s.append(ConvReLUBN(history + width, width))
@@ -66,12 +84,13 @@ class DenseEncoder(nn.Module):
     def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
         skips: list[Tensor] = []
         x = image  # what conv 1 of the next block sees
-        history = [image] if self.dense_scope == "block" else []  # what its conv 2 sees besides conv 1
+        history = [image] if self.image_in_history else []  # what its conv 2 sees besides conv 1
         for conv1, conv2 in zip(self.conv1s, self.conv2s, strict=True):
             first = conv1(x)
             second = conv2(torch.cat([*history, first], dim=1))
-            skips.append(second)
-            x = deepest = self.pool(self.dropout(second))
+            dropped = self.dropout(second)
+            skips.append(dropped if self.skips_after_dropout else second)
+            x = deepest = self.pool(dropped)
             if self.dense_scope == "encoder":
                 # pool(cat) = cat(pool): one running tensor, pooled once per stage and joined at the smaller size.
                 x = torch.cat([*map(self.pool, history), self.pool(self.dropout(first)), deepest], dim=1)
@@ -82,8 +101,8 @@ class DenseEncoder(nn.Module):
 class DecoderBlock(nn.Module):
     """Two convolutions; with ``attention`` a mask computed from conv 1's output multiplies conv 2's output.
 
-    ``forward(x (N, in_channels, H, W))`` returns the output and the mask, both (N, width, H, W); the mask is
-    None without attention.
+    ``forward(x (N, in_channels, H, W))`` returns the output, conv 2's output and the mask, all (N, width, H, W); the
+    mask is None without attention.
     """
 
     def __init__(self, in_channels: int, width: int, attention: bool) -> None:
@@ -92,13 +111,13 @@ class DecoderBlock(nn.Module):
         self.conv2 = ConvReLUBN(width, width)
         self.mask = AttentionMask(width) if attention else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         first = self.conv1(x)
         second = self.conv2(first)
         if self.mask is None:
-            return second, None
+            return second, second, None
         mask = self.mask(first)
-        return mask * second, mask
+        return mask * second, second, mask
 
 
 def check_outputs(outputs: dict[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""ST-UNet: MT-UNet with one decoder, one for each task and nothing shared; the paper's single-task network."""
+"""ST-UNet, the paper's single-task network: one U-Net for each task and nothing shared."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from mtunet_dist.models.mtunet import DenseScope, MTUNet
 
 class STUNet(nn.Module):
     """Independent MT-UNets of one task, trained side by side: what multi-task training is compared with.
+
+    The paper says "two single task U-Net models" and no more. Our reading: each is MT-UNet with one decoder, so the
+    encoder is dense and the decoder has attention. ``dense_scope="none"`` with ``attention=False`` is a plain U-Net.
 
     ``outputs`` maps each task's name to its number of channels. ``forward(image (N, 3, H, W) float)`` returns
     ``{task: (N, channels, H, W)}``; H and W must be multiples of 16. Raises InputError for sizes or options that do

@@ -1,4 +1,4 @@
-"""Equation 4 with all weights 1: the total is the plain sum."""
+"""Equation 4: L = L1 + L2, all weights 1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Equation 4: the total is a sum with constant weights."""
+"""Constant weights: L = W1 L1 + W2 L2, the "fixed weights" of the paper's figure 4."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Equation 5: weights learned by gradient descent, scaled by how each loss's variance changes over epochs."""
+"""Equation 5: weights learned by gradient descent, scaled by how the average variance of each loss changes."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,19 @@ Optimizer = Literal["sgd", "adam"]
 class LearnedWeighting(nn.Module):
     """Total loss = sum_i lambda_i L_i with lambda_i = W_i alpha_i / sum_j W_j alpha_j, so that the lambdas sum to 1.
 
-    The paper alternates: the network learns with lambda constant, W learns with the losses constant. Where it is
-    silent, our reading: after each epoch W takes one step down the gradient of sum_i lambda_i(W) L_i, with L the
-    mean losses of that epoch over all ranks; W starts at 1, keeps to W >= 0.01 and to a sum of the number of tasks.
-    Then alpha_i becomes the mean, over the last ``window`` epochs, of the variance of loss i within the epoch
-    divided by the one of the epoch before (+ 1e-8), clipped to [0.1, 10]; it is 1 before there are two epochs.
+    From the paper (eq. 5): alpha_i = (sigma_i(t - 1) + eps) / (sigma_i(t - 2) + eps) in epoch t, where sigma_i(t) is
+    the average variance of L_i over a fixed number of epochs up to t. W learns at a rate of its own, 1e-3. Training
+    alternates: the network learns while the lambdas are constant, W learns while the losses are constant.
 
-    The gradient always moves weight to the smaller loss and nothing pulls it back. One small step per epoch keeps
-    two tasks near the paper's "about 0.5 each"; faster updates end with one task at the floor.
+    The paper does not say the rest, so this is our reading. The variance of an epoch is that of the losses of its
+    steps, on all ranks. sigma averages over the last ``window`` epochs, over fewer while fewer are done; alpha is 1
+    until two epochs are done. alpha is clipped to [0.1, 10], eps is 1e-8. After each epoch W takes one step down the
+    gradient of sum_i lambda_i(W) L_i, with L the mean losses of that epoch over all ranks. W keeps to W >= 0.01 and to
+    a sum of the number of tasks.
+
+    The gradient always moves weight to the smaller loss and nothing pulls it back. The paper reports that one task
+    dominates at first and that the weights converge to about 0.5 each. With one small step per epoch the weights start
+    at 0.5 (unless ``initial`` says otherwise) and hardly move; faster updates end with one task at the floor.
 
     The state is in buffers. Those named ``local_*`` are sums over this rank's running epoch, so they are saved and
     loaded per rank, added up when the number of ranks changes, and DDP must not broadcast them; the others are equal
@@ -38,7 +43,9 @@ class LearnedWeighting(nn.Module):
 
     Options:
         lr: step size of W.
-        window: epochs over which alpha is averaged.
+        initial: W at the start, one number >= 0.01 per task in the order of the tasks, scaled to a sum of the number
+            of tasks; empty: 1 for each.
+        window: number of epochs over which sigma averages.
         update: "epoch" as above; "step" updates W at each training forward, after using it, from that step's losses
             averaged over ranks (one more all-reduce per forward): weights drift hundreds of times as fast.
         parametrization: "linear" steps W itself; "exp" steps s in W = exp(s), which makes relative moves, so a small
@@ -50,8 +57,7 @@ class LearnedWeighting(nn.Module):
 
     raw_weights: Tensor
     alpha: Tensor
-    variance: Tensor
-    ratios: Tensor
+    variances: Tensor
     epochs: Tensor
     adam_mean: Tensor
     adam_square: Tensor
@@ -65,6 +71,7 @@ class LearnedWeighting(nn.Module):
         tasks: list[str],
         *,
         lr: float = 1e-3,
+        initial: tuple[float, ...] = (),
         window: int = 5,
         update: Update = "epoch",
         parametrization: Parametrization = "linear",
@@ -83,11 +90,11 @@ class LearnedWeighting(nn.Module):
         self.tasks, self.lr, self.window = list(tasks), lr, window
         self.update, self.parametrization, self.optimizer = update, parametrization, optimizer
         n = len(tasks)
-        for name in ("raw_weights", "alpha"):
-            self.register_buffer(name, torch.ones(n, dtype=torch.float64))
-        for name in ("variance", "adam_mean", "adam_square", "local_count", "local_sum", "local_squares"):
+        self.register_buffer("raw_weights", _initial_weights(tasks, initial))
+        self.register_buffer("alpha", torch.ones(n, dtype=torch.float64))
+        for name in ("adam_mean", "adam_square", "local_count", "local_sum", "local_squares"):
             self.register_buffer(name, torch.zeros(n, dtype=torch.float64))
-        self.register_buffer("ratios", torch.zeros(window, n, dtype=torch.float64))  # a ring, see _update_alpha
+        self.register_buffer("variances", torch.zeros(window + 1, n, dtype=torch.float64))  # of epochs, newest first
         self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))  # with a variance
         self.register_buffer("adam_steps", torch.zeros((), dtype=torch.int64))
 
@@ -161,12 +168,34 @@ class LearnedWeighting(nn.Module):
         return mean / (square.sqrt() + EPSILON)
 
     def _update_alpha(self, variance: Tensor) -> None:
-        epochs = int(self.epochs)
-        if epochs > 0:
-            self.ratios[(epochs - 1) % self.window] = variance / (self.variance + EPSILON)
-            self.alpha.copy_(self.ratios[: min(epochs, self.window)].mean(0).clamp(*ALPHA_RANGE))
-        self.variance.copy_(variance)
+        self.variances.copy_(torch.cat([variance[None], self.variances[:-1]]))
         self.epochs += 1
+        epochs = int(self.epochs)
+        if epochs >= 2:
+            newest = self.variances[: min(epochs, self.window)].mean(0)
+            before = self.variances[1 : 1 + min(epochs - 1, self.window)].mean(0)
+            self.alpha.copy_(((newest + EPSILON) / (before + EPSILON)).clamp(*ALPHA_RANGE))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Also read older checkpoints, which hold the variance of the newest epoch, and ratios that nobody needs."""
+        if (old := state_dict.pop(f"{prefix}variance", None)) is not None:
+            state_dict.pop(f"{prefix}ratios")
+            state_dict[f"{prefix}variances"] = torch.cat([old[None], torch.zeros_like(self.variances[1:])])
+            state_dict[f"{prefix}epochs"] = state_dict[f"{prefix}epochs"].clamp(max=1)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _initial_weights(tasks: list[str], initial: tuple[float, ...]) -> Tensor:
+    """W at the start, float64, summing to the number of tasks. Raises InputError for numbers that do not fit."""
+    if not initial:
+        return torch.ones(len(tasks), dtype=torch.float64)
+    if len(initial) != len(tasks):
+        raise InputError(f"initial needs one number for each of {', '.join(tasks)}, got {tuple(initial)}")
+    weights = torch.tensor(initial, dtype=torch.float64)
+    weights = weights / weights.sum() * len(tasks)
+    if not (weights >= FLOOR).all():  # also where a number is not finite
+        raise InputError(f"initial must be >= {FLOOR} when scaled to a sum of {len(tasks)}, got {tuple(initial)}")
+    return weights
 
 
 PLUGIN = LearnedWeighting

@@ -1,4 +1,4 @@
-"""Equation 4 with weights that change over the epochs as the config says."""
+"""Weights that change over the epochs as the config says. Ours; the paper has no schedules."""
 
 from __future__ import annotations
 
