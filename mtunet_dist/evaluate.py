@@ -17,8 +17,8 @@ from typing import Protocol
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from mtunet_dist import checkpoint, distributed
@@ -149,7 +149,8 @@ def check_same_meaning(dataset: DatasetInfo, state: checkpoint.State) -> None:
 
 def table(title: str, columns: dict[str, Evaluation]) -> Table:
     """Metrics as rows, one column per evaluation, then the IoU of each class."""
-    result = Table(title=escape(title), title_justify="left", title_style="bold")
+    # Text, as rich would take what stands in [] or between colons for markup.
+    result = Table(title=Text(title), title_justify="left", title_style="bold")
     result.add_column("metric")
     for name in columns:
         result.add_column(name, justify="right")
@@ -158,7 +159,7 @@ def table(title: str, columns: dict[str, Evaluation]) -> Table:
         result.add_row(key, *(_cell(key, e.metrics.get(key, math.nan)) for e in evaluations))
     result.add_section()
     for name in evaluations[0].class_iou:
-        result.add_row(escape(f"IoU {name}"), *(_cell("miou", e.class_iou.get(name, math.nan)) for e in evaluations))
+        result.add_row(Text(f"IoU {name}"), *(_cell("miou", e.class_iou.get(name, math.nan)) for e in evaluations))
     return result
 
 

@@ -25,10 +25,12 @@ from mtunet_dist.data.report import progress, table
 from mtunet_dist.data.shard_builder import SIDECAR, ShardResult, ShardTask, Statistics, finished
 from mtunet_dist.data.shard_workers import run
 from mtunet_dist.data.shards import Index, RgbFormat, TargetFormat
+from mtunet_dist.data.targets import warnings
 from mtunet_dist.errors import InputError, MTUNetError, command
 from mtunet_dist.files import write_json
 from mtunet_dist.folder_lock import LOCK, lock_folder
 from mtunet_dist.machine import cpus
+from mtunet_dist.schema import class_problem
 from mtunet_dist.sources._source import Sample, Source
 
 MAX_BAD = 10  # bad samples that end the work, and that are listed
@@ -65,9 +67,12 @@ def prepare(
         root = Path(root).resolve()
     settings = Settings(source, str(root), typed, height, width, rgb_format, target_format, shard_size, stored=stored)
     if _is_complete(out, settings):
-        console.print(f"{out} is complete")
+        console.print(f"{out} is complete", markup=False, soft_wrap=True)
     else:
         reader: Source[Any] = plugins.build("source", {"name": source, **typed}, Path(root))
+        problem = class_problem(reader.classes)
+        if problem:
+            raise InputError(f"source '{source}' at {root}: {problem}")
         splits = reader.splits()
         _check(reader, [sample for samples in splits.values() for sample in samples])
         tasks = [
@@ -82,7 +87,10 @@ def prepare(
         except OSError as error:
             raise MTUNetError(f"cannot write {error.filename or out}: {error.strerror}") from error
     _remove_leftovers(out)
-    return PreparedDataset(out)
+    dataset = PreparedDataset(out)
+    for line in warnings(dataset.info):
+        console.print(f"warning: {line}", markup=False, soft_wrap=True)
+    return dataset
 
 
 def _is_complete(out: Path, settings: Settings) -> bool:

@@ -68,7 +68,7 @@ def draw(dataset: PreparedDataset) -> np.ndarray:
     classes, depth = figure.subplots(1, 2, width_ratios=(3, 2))
     _draw_classes(classes, dataset)
     _draw_depth(depth, dataset)
-    figure.suptitle(f"{dataset.root}: {dataset.info.width} wide, {dataset.info.height} high")
+    figure.suptitle(f"{dataset.root}: {dataset.info.width} wide, {dataset.info.height} high", parse_math=False)
     charts = _pixels(figure)
     height = round(sheet.shape[0] * charts.shape[1] / sheet.shape[1])
     resized = Image.fromarray(sheet).resize((charts.shape[1], height), Image.Resampling.LANCZOS)
@@ -83,7 +83,7 @@ def _draw_classes(axes: Axes, dataset: PreparedDataset) -> None:
         pixels = np.array([*split.class_pixels, split.void_pixels])
         share = 100 * pixels / (split.count * info.height * info.width)
         axes.bar(np.arange(len(names)) + n * bar, share, bar, align="edge", label=f"{name} ({split.count} samples)")
-    axes.set_xticks(np.arange(len(names)) + 0.4, names, rotation=60, ha="right", fontsize=8)
+    axes.set_xticks(np.arange(len(names)) + 0.4, names, rotation=60, ha="right", fontsize=8, parse_math=False)
     axes.set_ylabel("share of all pixels (%)")
     axes.legend(fontsize=8)
 

@@ -124,6 +124,12 @@ def test_a_report_says_what_was_searched_and_found(sweep: Sweep) -> None:
     assert config.run_dir == str(sweep.dir / "best")
 
 
+def test_the_name_of_a_sweep_is_shown_as_it_is(sweep: Sweep) -> None:
+    """Also where rich would take it for markup."""
+    printed, _ = run_report([trial("0", "finished", 2.0, 1.0)], dataclasses.replace(sweep, name="[/x] :car: [red]"))
+    assert "[/x] :car: [red]" in printed
+
+
 def test_a_report_of_a_sweep_that_is_not_over_or_has_nothing(sweep: Sweep) -> None:
     printed, written = run_report([], sweep)
     assert "none yet" in printed and "0 trials: none yet" in written

@@ -137,7 +137,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
 
     def _table(self) -> Group:
         """Those that run, and the best of those that have ended."""
-        table = Table(title=self.sweep.name)
+        table = Table(title=Text(self.sweep.name))
         for heading in ("trial", "status", "epoch", *(goal.name for goal in self.goals)):
             table.add_column(heading, justify="left" if heading in ("trial", "status") else "right")
         table.add_column("parameters", overflow="fold")
@@ -146,7 +146,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
             values = [_shown(v) for v in row.values] or [""] * len(self.goals)
             settings = "  ".join(f"{key}={_shown(value)}" for key, value in row.parameters.items())
             epoch = "" if row.epoch is None else str(row.epoch)
-            table.add_row(name, row.status, epoch, *values, settings)
+            table.add_row(name, row.status, epoch, *values, Text(settings))
         counts = Counter(row.status for row in self.rows.values())
         minutes = (time.monotonic() - self.began) / 60
         line = ", ".join(f"{count} {status}" for status, count in counts.most_common())

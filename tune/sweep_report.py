@@ -74,7 +74,7 @@ def best_line(best: Trial | None, sweep: Sweep) -> str:
 def table(ranking: Ranking, sweep: Sweep) -> Table:
     """The best trials, for a terminal: settings side by side, as a column for each would leave none any room."""
     goals = [goal.name for goal in sweep.objective.goals]
-    drawn = Table(title=sweep.name)
+    drawn = Table(title=Text(sweep.name))
     for heading in ("trial", "status", "epoch", *goals, "settings"):
         drawn.add_column(heading, overflow="fold", justify="right" if heading in goals else "left")
     for trial in ranking.trials[:SHOWN]:

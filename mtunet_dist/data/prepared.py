@@ -13,6 +13,7 @@ from mtunet_dist.data.splits import Split, make_split, pixels_sha256
 from mtunet_dist.errors import InputError
 from mtunet_dist.files import read_json
 from mtunet_dist.place import shown
+from mtunet_dist.schema import MOST_CLASSES, class_problem
 
 
 class PreparedDataset:
@@ -74,6 +75,10 @@ def _read_info(root: Path) -> DatasetInfo:
     if version != FORMAT:
         raise InputError(f"{path}: format {version}, but this version reads format {FORMAT}; prepare it again")
     try:
-        return DatasetInfo.from_json(value)
+        info = DatasetInfo.from_json(value)
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged: {error}") from None
+    names = [c.name for c in info.classes]
+    if len(names) > MOST_CLASSES or len(set(names)) < len(names):  # as earlier versions let pass
+        raise InputError(f"{path}: {class_problem(info.classes)}; prepare it again in another folder")
+    return info

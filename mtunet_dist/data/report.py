@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from mtunet_dist.data.prepared import PreparedDataset
 
@@ -39,7 +40,8 @@ def progress(total: int, console: Console) -> Iterator[Callable[[int], None]]:
 def table(dataset: PreparedDataset) -> Table:
     """The splits with the share of each class in all pixels and the depth of the valid ones."""
     info = dataset.info
-    rows = Table(title=f"{dataset.root}: {info.width} wide, {info.height} high")
+    # Text, as rich would take what stands in [] or between colons for markup.
+    rows = Table(title=Text(f"{dataset.root}: {info.width} wide, {info.height} high"))
     rows.add_column()
     for name in info.splits:
         rows.add_column(name, justify="right")
@@ -54,7 +56,7 @@ def table(dataset: PreparedDataset) -> Table:
             rows.add_row(title, *map(str, without))
     rows.add_section()
     for i, entry in enumerate(info.classes):
-        rows.add_row(entry.name, *(f"{s.class_pixels[i] / n:.1%}" for s, n in zip(splits, pixels, strict=True)))
+        rows.add_row(Text(entry.name), *(f"{s.class_pixels[i] / n:.1%}" for s, n in zip(splits, pixels, strict=True)))
     rows.add_row("void", *(f"{s.void_pixels / n:.1%}" for s, n in zip(splits, pixels, strict=True)), end_section=True)
     unit = "m" if info.depth.unit == "metre" else "no unit"
     rows.add_row("valid depth", *(f"{s.valid_depth_pixels / n:.1%}" for s, n in zip(splits, pixels, strict=True)))

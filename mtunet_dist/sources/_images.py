@@ -61,16 +61,17 @@ def encode(pixels: np.ndarray, file_format: Literal["PNG", "JPEG"], **options: i
     return file.getvalue()
 
 
-def read_images(sample: SampleFiles, table: np.ndarray) -> RawSample:
+def read_images(sample: SampleFiles, table: np.ndarray, hint: str = "") -> RawSample:
     """Read the files of ``sample``: labels through ``table`` (see ``id_table``), depth as it is stored.
 
-    A missing part becomes all VOID or all 0. Raises InputError that names the file, or the sample and its sizes.
+    A missing part becomes all VOID or all 0. Raises InputError that names the file, or the sample and its sizes;
+    ``hint`` ends the message about a label value that the table does not have.
     """
     images = {part: decode(_bytes(path), part, str(path)) for part, path in _paths(sample).items()}
     _check_sizes(sample.key, {part: image.shape[:2] for part, image in images.items()})
     shape = images["rgb"].shape[:2]
     if "label" in images:
-        label = to_classes(images["label"], table, sample.label)
+        label = to_classes(images["label"], table, sample.label, hint)
     else:
         label = np.full(shape, VOID, dtype=np.uint8)
     depth = images.get("depth", np.zeros(shape, dtype=np.uint16))
@@ -105,15 +106,15 @@ def id_table(classes: Mapping[int, int], void: Iterable[int] = (), size: int = 2
     return table
 
 
-def to_classes(ids: np.ndarray, table: np.ndarray, name: object) -> np.ndarray:
+def to_classes(ids: np.ndarray, table: np.ndarray, name: object, hint: str = "") -> np.ndarray:
     """Label ids -> class indices, uint8; an id beyond the table counts as its last.
 
-    InputError starts with ``name`` and gives an id that the table does not have.
+    InputError starts with ``name``, gives an id that the table does not have, and ends with ``hint``.
     """
     classes = table.take(ids, mode="clip")
     if classes.min() < 0:
         value = int(ids[classes < 0][0])
-        raise InputError(f"{name}: label value {value} is not one of {_ranges(np.flatnonzero(table >= 0))}")
+        raise InputError(f"{name}: label value {value} is not one of {_ranges(np.flatnonzero(table >= 0))}{hint}")
     return classes.astype(np.uint8)
 
 

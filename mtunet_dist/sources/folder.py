@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import colorsys
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mtunet_dist.errors import InputError, closest
-from mtunet_dist.schema import ClassInfo, DepthInfo
+from mtunet_dist.files import read_yaml
+from mtunet_dist.schema import ClassInfo, DepthInfo, class_problem
 from mtunet_dist.sources._images import check_headers, id_table, read_images
 from mtunet_dist.sources._source import KEY, RawSample, SampleFiles, list_images, match
 
@@ -24,7 +24,7 @@ class Folder:
 
         classes: [road, car]        # or [{name: road, color: [128, 64, 128]}, ...]
         label_offset: 0             # label value of the first class
-        void_ids: [255]             # label values without a class; they win over classes
+        void_ids: [255]             # label values without a class; none of them may be a class's
         depth_kind: metric          # stored * depth_scale is metres; or inverse: a disparity without unit
         depth_scale: 0.001          # stored 0 is invalid
 
@@ -43,10 +43,7 @@ class Folder:
         path = root / DESCRIPTION
         description = _read_description(path)
         self.classes = _classes(description.classes, path)
-        first = description.label_offset
-        if first < 0 or first + len(self.classes) > 256:
-            raise InputError(f"{path}: label_offset {first} puts {len(self.classes)} classes outside 0..255")
-        self._table = id_table({first + i: i for i in range(len(self.classes))}, description.void_ids)
+        self._table = id_table(_class_ids(description, path), description.void_ids)
         if description.depth_kind == "metric":
             self.depth = DepthInfo("metric", "metre", description.depth_scale)
         else:
@@ -64,7 +61,9 @@ class Folder:
 
     def read(self, sample: SampleFiles) -> RawSample:
         """See ``Source.read``."""
-        return read_images(sample, self._table)
+        return read_images(
+            sample, self._table, f"; see classes, label_offset and void_ids in {self.root / DESCRIPTION}"
+        )
 
     def _samples(self, folder: Path) -> list[SampleFiles]:
         samples = match({part: _list(folder / part) for part in PARTS}, optional=("label", "depth"))
@@ -99,12 +98,7 @@ class _Description:
 
 
 def _read_description(path: Path) -> _Description:
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    value = read_yaml(path)
     known = [f.name for f in dataclasses.fields(_Description)]
     if not isinstance(value, dict) or "classes" not in value:
         raise InputError(f"{path}: the key 'classes' is missing. Keys: {', '.join(known)}")
@@ -131,7 +125,7 @@ def _check(description: _Description, path: Path) -> None:
         ),
         "depth_kind": (description.depth_kind in ("metric", "inverse"), "metric or inverse"),
         "depth_scale": (
-            type(description.depth_scale) in (int, float) and description.depth_scale > 0,
+            type(description.depth_scale) in (int, float) and 0 < description.depth_scale < math.inf,
             "a number above 0",
         ),
     }
@@ -151,9 +145,30 @@ def _classes(entries: list[Any], path: Path) -> tuple[ClassInfo, ...]:
             isinstance(color, list) and len(color) == 3 and all(type(c) is int and 0 <= c <= 255 for c in color)
         )
         if not isinstance(given.get("name"), str) or set(given) - {"name", "color"} or not valid_color:
-            raise InputError(f"{path}: class {i} is {entry!r}; expected a name or {{name: ..., color: [r, g, b]}}")
+            expected = "a name (in quotes if YAML takes it for something else) or {name: ..., color: [r, g, b]}"
+            raise InputError(f"{path}: class {i} is {entry!r}; expected {expected}")
         classes.append(ClassInfo(given["name"], (color[0], color[1], color[2])))
+    problem = class_problem(classes)
+    if problem:
+        raise InputError(f"{path}: {problem}")
     return tuple(classes)
+
+
+def _class_ids(description: _Description, path: Path) -> dict[int, int]:
+    """Label value -> class index. InputError where a value has no room in 8 bits, or two meanings."""
+    first, count = description.label_offset, len(description.classes)
+    if first + count > 256:
+        raise InputError(f"{path}: label_offset {first} puts {count} classes outside 0..255")
+    both = sorted(set(description.void_ids) & set(range(first, first + count)))
+    if both:
+        after = both[-1] + 1
+        leading, ends = both == list(range(first, after)), after + count
+        fits = leading and ends <= 256 and not set(description.void_ids) & set(range(after, ends))
+        hint = f"if the first class has label value {after}, add label_offset: {after}; else take" if fits else "take"
+        raise InputError(
+            f"{path}: {both[0]} in void_ids is the label value of a class too; {hint} {both[0]} out of void_ids"
+        )
+    return {first + i: i for i in range(count)}
 
 
 PLUGIN = Folder

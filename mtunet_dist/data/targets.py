@@ -1,0 +1,47 @@
+"""Which tasks a dataset has targets for: a task without any would train for nothing, and nobody would be told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from mtunet_dist.data.info import DatasetInfo, SplitInfo
+from mtunet_dist.errors import InputError
+
+WHAT = {"segmentation": "labelled pixel", "depth": "valid depth"}  # what a task learns from
+
+
+def target_pixels(splits: Iterable[SplitInfo]) -> dict[str, int]:
+    """How many pixels of ``splits`` have a target, by task."""
+    splits = list(splits)
+    return {
+        "segmentation": sum(sum(split.class_pixels) for split in splits),
+        "depth": sum(split.valid_depth_pixels for split in splits),
+    }
+
+
+def check_targets(info: DatasetInfo, train: str, tasks: Sequence[str]) -> None:
+    """Raise InputError if one of ``tasks`` has not one target in the split ``train`` (or several: ``train+val``)."""
+    pixels = target_pixels(info.splits[name] for name in train.split("+"))
+    without = [task for task in tasks if not pixels[task]]
+    if without:
+        raise InputError(f"task '{without[0]}': {_nothing(train, without[0])}; {_remedy(pixels)}")
+
+
+def warnings(info: DatasetInfo) -> list[str]:
+    """A line for each split and task of a dataset just prepared where there is nothing to learn, or to judge by."""
+    lines = []
+    for name, split in info.splits.items():
+        pixels = target_pixels([split])
+        lines += [f"{_nothing(name, task)}; {_remedy(pixels)}" for task in pixels if not pixels[task]]
+    return lines
+
+
+def _nothing(split: str, task: str) -> str:
+    return f"the split '{split}' has no {WHAT[task]}"
+
+
+def _remedy(pixels: dict[str, int]) -> str:
+    left = [task for task, count in pixels.items() if count]
+    if not left:
+        return "nothing can be learned from it"
+    return f"train the other task alone with tasks=[{left[0]}]"
