@@ -16,13 +16,15 @@ from mtunet_dist.synthetic.textures import (
     bricks,
     facade,
     foliage,
+    noise,
     paint,
     plain,
+    scatter,
     stripes,
     tint,
 )
 
-BUILDING, WALL, POLE, TRAFFIC_LIGHT, TRAFFIC_SIGN, VEGETATION, PERSON = 11, 12, 17, 19, 20, 21, 24
+BUILDING, WALL, FENCE, POLE, TRAFFIC_LIGHT, TRAFFIC_SIGN, VEGETATION, PERSON = 11, 12, 13, 17, 19, 20, 21, 24
 METAL: RGB = (0.22, 0.23, 0.24)
 
 
@@ -49,6 +51,19 @@ class Body:
         """The rotation (3, 3) from the world to the frame of the body."""
         cos, sin = math.cos(self.yaw), math.sin(self.yaw)
         return np.array([[cos, 0.0, -sin], [0.0, 1.0, 0.0], [sin, 0.0, cos]])
+
+
+@dataclass(frozen=True)
+class Clothes:
+    """The textures of a person."""
+
+    coat: Texture
+    trousers: Texture
+    skin: Texture
+    hair: Texture
+
+
+Limb = tuple[tuple[float, float, float], tuple[float, float, float], Texture]  # radii and middle of an ellipsoid
 
 
 def corners(bodies: list[Body]) -> np.ndarray:
@@ -111,6 +126,36 @@ def low_wall(rng: np.random.Generator, place: Place, length: float) -> list[Body
     return [part(WALL, box(0.3, rng.uniform(0.8, 2.0), length), wall_texture(rng), place)]
 
 
+def fence(rng: np.random.Generator, place: Place, length: float) -> list[Body]:
+    """Boards, pickets, iron bars or a wire mesh between posts."""
+    height, sort = rng.uniform(0.9, 1.8), rng.integers(4)
+    period, bar, colour = ((0.16, 0.15, paint(rng)), (0.14, 0.08, paint(rng)), (0.13, 0.03, METAL), (0.1, 0.02, METAL))[
+        sort
+    ]
+    texture = _fence_texture(colour, height, period, bar, mesh=sort == 3)
+    return [part(FENCE, box(0.06, height, length), texture, place)]
+
+
+def _fence_texture(colour: RGB, height: float, period: float, bar: float, mesh: bool) -> Texture:
+    """Upright bars of a width (metres) in a period, two rails and posts; one looks through between them.
+
+    Nothing is thinner than a pixel, so that a fence closes with the distance and at a grazing view.
+    """
+
+    def texture(s: Surface) -> Shade:
+        half = np.maximum(bar, s.footprint) / 2
+        along, post = np.abs(s.across % period - period / 2), np.abs(s.across % 2.2 - 1.1) < 0.06
+        rail = np.abs(np.abs(s.y - height / 2) - height * 0.36) < np.maximum(half, 0.03)
+        solid = (along < half) | rail | post | ~s.upright
+        if mesh:
+            solid |= np.abs(s.y % period - period / 2) < half
+        tone = (scatter(s.across / period, np.zeros_like(s.y)) - 0.5) * 0.4 * s.detail(period)
+        shade = Shade(tint(colour, 1 + tone - 0.35 * post + 0.08 * noise(s.across * 25, s.y * 8)), solid=solid)
+        return shade
+
+    return texture
+
+
 def leaf_colour(rng: np.random.Generator) -> RGB:
     """Mostly greens; some autumn colours, shared with bricks."""
     if rng.random() < 0.2:
@@ -143,34 +188,43 @@ def tree(rng: np.random.Generator, place: Place, height: float) -> list[Body]:
     return bodies
 
 
-def person(rng: np.random.Generator, place: Place) -> list[Body]:
-    """A walker of 1.1 to 1.95 m: head, torso, arms, legs in mid-stride."""
-    size = rng.normal(1.73, 0.09) if rng.random() < 0.88 else rng.uniform(1.1, 1.4)
-    scale, stride, broad = size / 1.75, rng.uniform(0.02, 0.2), rng.uniform(0.9, 1.2)
+def clothes(rng: np.random.Generator) -> Clothes:
+    """What one person wears."""
     coat = stripes(paint(rng), paint(rng), 0.14) if rng.random() < 0.25 else plain(paint(rng), 0.12, 0.02)
     trousers, tone = plain(paint(rng), 0.1, 0.02), rng.uniform(0.12, 0.75)
     skin = plain((tone, tone * 0.68, tone * 0.5), 0.05)
-    hair = plain((0.06, 0.04, 0.03) if rng.random() < 0.7 else (0.35, 0.25, 0.12), 0.1)
-    shapes: list[tuple[tuple[float, float, float], tuple[float, float, float], Texture]] = [
-        ((0.1, 0.125, 0.11), (0, 1.6, 0), skin),
-        ((0.112, 0.095, 0.115), (0, 1.66, -0.025), hair),
-        ((0.22 * broad, 0.33, 0.14 * broad), (0, 1.2, 0), coat),
-        ((0.18 * broad, 0.2, 0.13 * broad), (0, 0.9, 0), coat if rng.random() < 0.5 else trousers),
-        ((0.065, 0.31, 0.075), (-0.24 * broad, 1.14, stride * 0.6), coat),
-        ((0.065, 0.31, 0.075), (0.24 * broad, 1.14, -stride * 0.6), coat),
-        ((0.095, 0.46, 0.105), (-0.09, 0.46, -stride), trousers),
-        ((0.095, 0.46, 0.105), (0.09, 0.46, stride), trousers),
-    ]
+    return Clothes(coat, trousers, skin, plain((0.06, 0.04, 0.03) if rng.random() < 0.7 else (0.35, 0.25, 0.12), 0.1))
+
+
+def figure(label: int, limbs: list[Limb], scale: float, place: Place) -> list[Body]:
+    """Ellipsoids, scaled about the spot where the figure stands."""
     return [
         part(
-            PERSON,
+            label,
             Ellipsoid((radii[0] * scale, radii[1] * scale, radii[2] * scale)),
             texture,
             place,
             (offset[0] * scale, offset[1] * scale, offset[2] * scale),
         )
-        for radii, offset, texture in shapes
+        for radii, offset, texture in limbs
     ]
+
+
+def person(rng: np.random.Generator, place: Place) -> list[Body]:
+    """A walker of 1.1 to 1.95 m: head, torso, arms, legs in mid-stride."""
+    size = rng.normal(1.73, 0.09) if rng.random() < 0.88 else rng.uniform(1.1, 1.4)
+    stride, broad, wear = rng.uniform(0.02, 0.2), rng.uniform(0.9, 1.2), clothes(rng)
+    limbs: list[Limb] = [
+        ((0.1, 0.125, 0.11), (0, 1.6, 0), wear.skin),
+        ((0.112, 0.095, 0.115), (0, 1.66, -0.025), wear.hair),
+        ((0.22 * broad, 0.33, 0.14 * broad), (0, 1.2, 0), wear.coat),
+        ((0.18 * broad, 0.2, 0.13 * broad), (0, 0.9, 0), wear.coat if rng.random() < 0.5 else wear.trousers),
+        ((0.065, 0.31, 0.075), (-0.24 * broad, 1.14, stride * 0.6), wear.coat),
+        ((0.065, 0.31, 0.075), (0.24 * broad, 1.14, -stride * 0.6), wear.coat),
+        ((0.095, 0.46, 0.105), (-0.09, 0.46, -stride), wear.trousers),
+        ((0.095, 0.46, 0.105), (0.09, 0.46, stride), wear.trousers),
+    ]
+    return figure(PERSON, limbs, size / 1.75, place)
 
 
 def lamp_post(rng: np.random.Generator, place: Place) -> list[Body]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
-from mtunet_dist.synthetic import objects, vehicles
+from mtunet_dist.synthetic import objects, two_wheelers, vehicles
 from mtunet_dist.synthetic.geometry import Camera
 from mtunet_dist.synthetic.objects import Body, Place
 from mtunet_dist.synthetic.sky import Daylight, random_daylight
 from mtunet_dist.synthetic.street import Street
 
+_Build = Callable[[np.random.Generator, Place], list[Body]]
 BASELINE = 0.209313
 END = 135.0
 _VEHICLES = {"car": (vehicles.car, 2.6), "truck": (vehicles.truck, 4.8), "bus": (vehicles.bus, 6.3)}
@@ -44,21 +47,21 @@ class Scene:
 
 @dataclass
 class _Layout:
-    """Bodies placed so far along a street, and the spots (across, z, half length) that are taken."""
+    """Bodies placed so far along a street, and the spots (across, z, half width, half length) that are taken."""
 
     rng: np.random.Generator
     street: Street
     bodies: list[Body] = field(default_factory=list)
-    taken: list[tuple[float, float, float]] = field(default_factory=list)
+    taken: list[tuple[float, float, float, float]] = field(default_factory=list)
 
     def place(self, across: float, z: float, turn: float = 0.0) -> Place:
         return Place(self.street.middle(z) + across, z, self.street.heading(z) + turn)
 
-    def claim(self, across: float, z: float, reach: float, width: float = 2.2) -> bool:
+    def claim(self, across: float, z: float, reach: float, half_width: float = 1.1) -> bool:
         """Take a spot unless something stands there."""
-        if any(abs(a - across) < width and abs(b - z) < r + reach for a, b, r in self.taken):
+        if any(abs(a - across) < w + half_width and abs(b - z) < r + reach for a, b, w, r in self.taken):
             return False
-        self.taken.append((across, z, reach))
+        self.taken.append((across, z, half_width, reach))
         return True
 
 
@@ -72,7 +75,9 @@ def random_scene(seed: int, split: int, index: int, height: int, width: int) -> 
         _frontage(layout, side)
         _pavement(layout, side)
     _backdrop(layout)
+    _trams(layout)
     _traffic(layout, parked)
+    _two_wheelers(layout, parked)
     _walkers(layout)
     return Scene(_camera(rng, height, width), street, random_daylight(rng), _optics(rng), layout.bodies, rng)
 
@@ -100,6 +105,9 @@ def _street(rng: np.random.Generator, parked: tuple[bool, bool]) -> Street:
     start = rng.uniform(14, 60)
     crossroad = (start, start + rng.uniform(6, 11)) if rng.random() < 0.5 else (-99.0, -98.0)
     zebra = crossroad[0] - 4 if crossroad[0] > 0 else rng.uniform(9, 45) if rng.random() < 0.35 else -50.0
+    tram: Literal["none", "along", "across"] = "none"
+    if rng.random() < 0.35:
+        tram = "across" if crossroad[0] > 0 and rng.random() < 0.5 else "along"
     grey, stone = rng.uniform(0.07, 0.24), rng.uniform(0.15, 0.42)
     warm = rng.uniform(0, 0.35) if rng.random() < 0.4 else 0.03
     return Street(
@@ -117,6 +125,7 @@ def _street(rng: np.random.Generator, parked: tuple[bool, bool]) -> Street:
         dash=rng.uniform(1.5, 3.5),
         tile=rng.uniform(0.4, 1.2),
         seed=rng.uniform(0, 300),
+        tram=tram,
     )
 
 
@@ -142,9 +151,9 @@ def _frontage(layout: _Layout, side: int) -> None:
             depth, tall = rng.uniform(8, 13), max(3.4, base + rng.normal(0, 3))
             place = layout.place(side * (edge + garden + depth / 2 + rng.uniform(0, 0.6)), centre)
             bodies += objects.building(rng, place, depth, tall, length)
-        if (park or garden > 1.5) and rng.random() < 0.7:
-            fence = objects.hedge if rng.random() < 0.6 else objects.low_wall
-            bodies += fence(rng, layout.place(side * (edge + 0.5), centre), length - 1)
+        if (park or garden > 1.5) and rng.random() < 0.85:
+            border = (objects.hedge, objects.low_wall, objects.fence)[int(rng.choice(3, p=(0.4, 0.25, 0.35)))]
+            bodies += border(rng, layout.place(side * (edge + 0.5), centre), length - 1)
         z += length + (rng.uniform(2, 7) if rng.random() < 0.3 else 0.0)
 
 
@@ -164,7 +173,7 @@ def _pavement(layout: _Layout, side: int) -> None:
         if not street.crosses(z) and layout.claim(kerb, z, 0.6):
             layout.bodies += objects.traffic_sign(rng, layout.place(kerb, z, rng.normal(0, 0.15)))
     z = street.zebra - 2.5
-    if z > 5 and rng.random() < 0.75:
+    if z > 5 and rng.random() < 0.95:
         layout.bodies += objects.traffic_light(rng, layout.place(kerb, z, rng.normal(0, 0.1)))
 
 
@@ -179,6 +188,21 @@ def _backdrop(layout: _Layout) -> None:
             layout.bodies += objects.tree(rng, place, rng.uniform(8, 16))
 
 
+def _trams(layout: _Layout) -> None:
+    """Trams along the street, ahead and coming the other way, or one over the crossroad."""
+    rng, street = layout.rng, layout.street
+    length = rng.uniform(14, 25)
+    if street.tram == "across":
+        across, z = rng.uniform(-12, 12), sum(street.crossroad) / 2
+        layout.claim(0.0, z, 1.6, 25.0)
+        layout.bodies += vehicles.tram(rng, layout.place(across, z, math.pi / 2), length)
+    if street.tram == "along":
+        for lane, turn in zip(street.lanes, (0.0, math.pi), strict=True):
+            z = length / 2 + rng.uniform(8, 35)
+            if rng.random() < 0.6 and layout.claim(lane, z, length / 2 + 1, 1.3):
+                layout.bodies += vehicles.tram(rng, layout.place(lane, z, turn), length)
+
+
 def _traffic(layout: _Layout, parked: tuple[bool, bool]) -> None:
     """Parked cars at the kerbs, traffic ahead in the own lane and coming the other way, some cars crossing."""
     rng, street = layout.rng, layout.street
@@ -189,7 +213,7 @@ def _traffic(layout: _Layout, parked: tuple[bool, bool]) -> None:
                 turn = 0.0 if side > 0 or rng.random() < 0.3 else math.pi
                 _drive(layout, side * (street.half_width - 1.1), z, turn, 0.06)
             z += rng.uniform(5.6, 7.5)
-    for side, lane, turn in ((1, -street.offset, 0.0), (-1, street.offset * 0.9, math.pi)):
+    for side, lane, turn in ((1, street.lanes[0], 0.0), (-1, street.lanes[1], math.pi)):
         z = rng.uniform(9, 30)
         while z < 95:
             _drive(layout, lane + rng.normal(0, 0.15), z, turn + rng.normal(0, 0.03), 0.2)
@@ -207,6 +231,33 @@ def _drive(layout: _Layout, across: float, z: float, turn: float, large: float) 
         layout.bodies += build(layout.rng, layout.place(across, z, turn))
 
 
+def _two_wheelers(layout: _Layout, parked: tuple[bool, bool]) -> None:
+    """Bicycles and motorcycles in rows along the pavements, and those that are ridden, near the kerbs or in a lane."""
+    rng, street = layout.rng, layout.street
+    for side in (-1, 1):
+        for build, chance, most in ((two_wheelers.bicycle, 0.75, 6), (two_wheelers.motorcycle, 0.4, 4)):
+            if rng.random() < chance:
+                turn = math.pi / 2 * rng.choice([-1, 1]) if rng.random() < 0.6 else 0.0
+                z, step = math.exp(rng.uniform(math.log(6), math.log(35))), 0.75 if turn else 2.1
+                for _ in range(int(rng.integers(1, most + 1))):
+                    _park(layout, build, side * (street.half_width + 1.2), z, turn + rng.normal(0, 0.12))
+                    z += step
+        for build, chance in ((two_wheelers.cyclist, 0.5), (two_wheelers.motorcyclist, 0.35)):
+            while rng.random() < chance:
+                across = side * (street.half_width - 0.8 - 1.9 * parked[side > 0])
+                if build is two_wheelers.motorcyclist:
+                    across = street.lanes[side < 0] + rng.normal(0, 0.3)
+                z, turn = math.exp(rng.uniform(math.log(7), math.log(40))), 0.0 if side > 0 else math.pi
+                if layout.claim(across, z, 1.1, 0.5):
+                    layout.bodies += build(rng, layout.place(across, z, turn + rng.normal(0, 0.06)))
+
+
+def _park(layout: _Layout, build: _Build, across: float, z: float, turn: float) -> None:
+    """Put a bicycle or motorcycle on the pavement where there is room."""
+    if not layout.street.crosses(z) and layout.claim(across, z, 0.3, 0.3):
+        layout.bodies += build(layout.rng, layout.place(across, z, turn))
+
+
 def _walkers(layout: _Layout) -> None:
     """People on the pavements, alone and in groups, and some who cross the road."""
     rng, street = layout.rng, layout.street
@@ -217,7 +268,7 @@ def _walkers(layout: _Layout) -> None:
         if rng.random() < 0.18 or (abs(z - street.zebra) < 2 and rng.random() < 0.7):
             across, turn, z = rng.uniform(-1, 1) * street.half_width, math.pi / 2, max(z, 9.0)
         for member in range(1 if rng.random() < 0.7 else 2):
-            if layout.claim(across, z + 0.15 * member, 0.35, 0.5):
+            if layout.claim(across, z + 0.15 * member, 0.35, 0.25):
                 heading = turn + math.pi * rng.integers(2) + rng.normal(0, 0.3)
                 layout.bodies += objects.person(rng, layout.place(across, z + 0.15 * member, heading))
             across += 0.6

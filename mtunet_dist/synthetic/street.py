@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -30,6 +31,12 @@ class Street:
     dash: float
     tile: float
     seed: float
+    tram: Literal["none", "along", "across"]
+
+    @property
+    def lanes(self) -> tuple[float, float]:
+        """The middle of the own lane and of the one coming the other way."""
+        return -self.offset, self.offset * 0.9
 
     def middle(self, z: float) -> float:
         """World x of the middle of the road."""
@@ -79,9 +86,19 @@ class Street:
             stop = (np.abs(s.z - self.zebra + 2.6) < 0.2) & (across > 0) & (side < self.half_width - 0.3)
             lines = ((dashes | edges) & (np.abs(s.z - self.zebra) > 3) | bars | stop) & ~crossroad
             worn = lines * np.clip(0.85 + 0.25 * patch, 0, 1) * self.marking
-            return Shade(colour + worn * (0.62 - colour))
+            colour += worn * (0.62 - colour)
+            colour[:, self._rails(across, s.z, crossroad)] = 0.16
+            return Shade(colour)
 
         return texture
+
+    def _rails(self, across: np.ndarray, z: np.ndarray, crossroad: np.ndarray) -> np.ndarray:
+        """Where the rails of a tram lie in the road."""
+        if self.tram == "across":
+            return np.asarray(crossroad & (np.abs(np.abs(z - sum(self.crossroad) / 2) - 0.72) < 0.06))
+        if self.tram == "along":
+            return np.asarray(np.minimum(*(np.abs(np.abs(across - lane) - 0.72) for lane in self.lanes)) < 0.06)
+        return np.zeros(across.shape, dtype=bool)
 
     def _paving(self, across: np.ndarray) -> Texture:
         def texture(s: Surface) -> Shade:

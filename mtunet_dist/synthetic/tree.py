@@ -19,7 +19,7 @@ from mtunet_dist.synthetic.render import render
 from mtunet_dist.synthetic.scene import random_scene
 from mtunet_dist.synthetic.stereo import stored_disparity
 
-GENERATOR = 1  # raised whenever the same settings would give other files
+GENERATOR = 2  # raised whenever the same settings would give other files
 CITIES = {"train": ("synth0", "synth1", "synth2"), "val": ("synth3",), "test": ("synth4",)}
 FILES = {
     "leftImg8bit": "leftImg8bit.png",

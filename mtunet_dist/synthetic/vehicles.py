@@ -1,4 +1,4 @@
-"""Cars, trucks and buses, built of convex bodies; +z is the front."""
+"""Cars, trucks, buses and trams, built of convex bodies; +z is the front."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mtunet_dist.synthetic.geometry import Ellipsoid, box, frustum
 from mtunet_dist.synthetic.objects import Body, Place, part
 from mtunet_dist.synthetic.textures import GLASS, RGB, Shade, Surface, Texture, channels, paint, plain, stripes, tint
 
-CAR, TRUCK, BUS = 26, 27, 28
+CAR, TRUCK, BUS, TRAIN = 26, 27, 28, 31
 RUBBER: RGB = (0.025, 0.025, 0.028)
 
 
@@ -55,6 +55,54 @@ def bus(rng: np.random.Generator, place: Place) -> list[Body]:
     texture = _rear_lights(_panes(paint(rng), 1.3, 2.5, 1.5, length, 0.12), width, length / 2, 0.8)
     bodies = [part(BUS, box(width, 2.7, length, 0.35), texture, place)]
     return bodies + _wheels(BUS, place, 0.48, width / 2, (-length / 2 + 2.2, length / 2 - 2.4))
+
+
+def tram(rng: np.random.Generator, place: Place, length: float) -> list[Body]:
+    """A tram of two or three sections with bellows between them, a sloping cab at both ends and a pantograph."""
+    width, colour, band = 2.4, paint(rng), paint(rng)
+    sides = _livery(_panes(colour, 1.25, 2.35, rng.uniform(1.2, 2.2), length, 0.1), band)
+    sections = 2 if length < 19 else 3
+    nose, gap, dark = 1.1, 0.5, plain((0.04, 0.04, 0.045), 0.2)
+    each = (length - 2 * nose - (sections - 1) * gap) / sections
+    bodies = [part(TRAIN, box(width - 0.3, 2.6, length - 2 * nose - 0.4, 0.45), dark, place)]
+    for number in range(sections):
+        z = (number - (sections - 1) / 2) * (each + gap)
+        bodies.append(part(TRAIN, box(width, 2.8, each, 0.35), sides, place, (0, 0, z)))
+        bodies.append(part(TRAIN, box(width - 0.2, 0.33, 2.6, 0.04), dark, place, (0, 0, z)))
+        bodies.append(part(TRAIN, box(1.5, 0.3, each * 0.6, 3.15), plain((0.3, 0.3, 0.31)), place, (0, 0, z)))
+    x, start = width / 2, length / 2 - nose
+    cab = frustum((-x, x, start, start + nose), (-x + 0.15, x - 0.15, start, start + 0.4), 0.35, 2.8)
+    for end, lamps in ((0.0, (0.8, 0.8, 0.75)), (np.pi, (0.55, 0.02, 0.02))):
+        bodies.append(part(TRAIN, cab, _cab_texture(colour, band, lamps), Place(place.x, place.z, place.yaw + end)))
+    arm = frustum((-0.5, 0.5, -0.9, -0.8), (-0.7, 0.7, 0.3, 0.4), 3.3, 1.3)
+    bodies.append(part(TRAIN, arm, dark, place))
+    return bodies
+
+
+def _livery(cover: Texture, band: RGB) -> Texture:
+    """A band of another colour along the sills."""
+
+    def texture(s: Surface) -> Shade:
+        shade = cover(s)
+        shade.cover(s.upright & (s.y < 0.95), band)
+        return shade
+
+    return texture
+
+
+def _cab_texture(colour: RGB, band: RGB, lamps: RGB) -> Texture:
+    """A large windscreen between pillars over two lamps, a lit sign above."""
+
+    def texture(s: Surface) -> Shade:
+        shade = _livery(plain(colour, 0.03), band)(s)
+        front = s.normal[2] > 0.5
+        pane = (s.y > 1.2) & (s.y < 2.6) & s.upright & (~front | (np.abs(s.x) < 1.0))
+        shade.cover(pane, (0.1, 0.12, 0.15))
+        shade.cover(front & (np.abs(s.x) > 0.6) & (np.abs(s.x) < 0.95) & (np.abs(s.y - 0.8) < 0.1), lamps)
+        shade.cover(front & (np.abs(s.x) < 0.7) & (np.abs(s.y - 2.85) < 0.14), (0.6, 0.35, 0.05))
+        return Shade(shade.rgb, glossy=pane)
+
+    return texture
 
 
 def _wheels(label: int, place: Place, radius: float, x: float, axles: tuple[float, float]) -> list[Body]:
