@@ -7,7 +7,6 @@ trains nothing twice, and passes over a training that fails (exit code 1). ``doc
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from mtunet_dist.files import write_json
 from mtunet_dist.folder_lock import lock_folder
 from mtunet_dist.multitask import make_tasks
 from mtunet_dist.preemption import SIGNALS, StopRequest
+from mtunet_dist.records import read_note
 from mtunet_dist.reproduction.budgets import BUDGETS
 from mtunet_dist.reproduction.experiments import DATASETS, TARGETS, Target
 from mtunet_dist.reproduction.figures import CPU, FIGURES
@@ -136,8 +136,8 @@ def constant_row(training: Training, dataset: PreparedDataset) -> Row:
     train, test = dataset.split(config.data.train), dataset.split(config.data.eval)
     file = training.dir.parent.parent / "constant.json"
     key = [train.fingerprint, test.fingerprint, config.eval_batch_size]
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if known.get("of") != key:
+    known = read_note(file)
+    if known.get("of") != key or not isinstance(known.get("metrics"), dict):
         tasks = make_tasks(config.tasks, dataset.info.classes, dataset.info.depth)
         loader = TorchLoader(test, EvalOrder(len(test), batch_size=config.eval_batch_size), CPU)
         known = {"of": key, "metrics": evaluate(ConstantPredictor(tasks, train), loader, CPU).as_dict()["metrics"]}

@@ -18,6 +18,7 @@ from mtunet_dist.config import Config, config_from_text, flat, save_config, to_y
 from mtunet_dist.errors import InputError, MTUNetError
 from mtunet_dist.files import write_json
 from mtunet_dist.folder_lock import lock_folder
+from mtunet_dist.place import CONFIG
 from mtunet_dist.run import Run, build
 
 # What may differ between a checkpoint and the run that continues it: it does not change what is learned beyond rounding
@@ -141,13 +142,15 @@ def _claim(run: Run) -> None:
 
 
 def _describe(run: Run) -> None:
-    """Write what says what the run is."""
+    """Write what says what the run is. Without config.yaml, which resumes it, nothing begins."""
     try:
-        (run.dir / "pictures").mkdir(exist_ok=True)
-        save_config(run.config, run.dir / "config.yaml")
-        write_json(run.dir / "environment.json", environments.environment(), indent=2)
+        save_config(run.config, run.dir / CONFIG)
     except OSError as error:
         raise MTUNetError(f"cannot write to the run folder {run.dir}: {error.strerror}") from error
+    try:
+        write_json(run.dir / "environment.json", environments.environment(), indent=2)
+    except OSError as error:
+        warnings.warn(f"cannot write {run.dir / 'environment.json'}: {error.strerror}", stacklevel=2)
 
 
 def _restore(run: Run) -> None:

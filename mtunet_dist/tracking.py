@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,9 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from mtunet_dist import distributed
+from mtunet_dist import distributed, records
 from mtunet_dist.errors import MTUNetError
-from mtunet_dist.files import write_text
 
 PLAIN_LINE_SECONDS = 10.0
 BOARD_RETRY_SECONDS = 60.0  # between tries to open TensorBoard's file on a full disk; each leaves an empty file
@@ -69,10 +65,10 @@ class Tracker:
             return
         self.console = Console()
         self.run_dir = run_dir
-        self.metrics_file = run_dir / "metrics.jsonl"
+        self.metrics_file = run_dir / records.METRICS
         self.board: SummaryWriter | None = None
         with self._writing(self.metrics_file):
-            _drop_records_after(self.metrics_file, start_step)
+            records.keep(self.metrics_file, records.METRICS_KEYS, lambda record: record["step"] <= start_step)
         self.purge_step = start_step + 1 if start_step else None
         self.board_closed_until = -math.inf
         self._with_board(SummaryWriter.flush)
@@ -131,6 +127,7 @@ class Tracker:
         self._with_board(lambda board: board.add_image("predictions", sheet, done, dataformats="HWC"))
         path = self.run_dir / "pictures" / "latest.png"
         with self._writing(path):
+            path.parent.mkdir(exist_ok=True)
             Image.fromarray(sheet).save(path)
 
     def say(self, text: str) -> None:
@@ -168,12 +165,8 @@ class Tracker:
         record = {"kind": kind, "step": done, "epoch": done / self.steps_per_epoch, "time": time.time()}
         # JSON knows neither NaN nor infinity: an undefined figure is null.
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        with self._writing(self.metrics_file), self.metrics_file.open("ab", buffering=0) as file:
-            before = file.tell()
-            line = (json.dumps({**record, **finite}) + "\n").encode()
-            if file.write(line) != len(line):
-                file.truncate(before)  # no half line for the next one to be glued to
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with self._writing(self.metrics_file):
+            records.append(self.metrics_file, {**record, **finite})
 
         def add(board: SummaryWriter) -> None:
             for key, value in values.items():
@@ -211,18 +204,3 @@ class Tracker:
 
     def _epoch(self, step: int) -> str:
         return f"epoch {step // self.steps_per_epoch + 1}/{self.total_steps // self.steps_per_epoch}"
-
-
-def _drop_records_after(path: Path, step: int) -> None:
-    """Keep the records up to ``step``; a last line cut short by a kill goes too."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if record["step"] <= step:
-            kept.append(line + "\n")
-    write_text(path, "".join(kept))

@@ -8,7 +8,6 @@ reported in a checkpoint, or as its job said at its end), or failed.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import re
@@ -22,6 +21,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from mtunet_dist import records
 from mtunet_dist.errors import PREEMPTED, InputError, command
 from mtunet_dist.folder_lock import LOCK
 
@@ -54,8 +54,8 @@ def status_of(folder: Path, queue: Mapping[str, str], locked: set[int]) -> Statu
     """How far a run is; ``queue`` has the states of Slurm's jobs, ``locked`` the inodes of files that are in use."""
     job = job_of(folder)
     config = _yaml(folder / "config.yaml")
-    records = _records(folder / "metrics.jsonl")
-    last = records[-1] if records else {}
+    said = records.metrics(folder)
+    last = said[-1] if said else {}
     epoch, epochs = last.get("epoch"), config.get("epochs")
     steps = [int(m[1]) for p in (folder / "checkpoints").glob("step_*.pt") if (m := re.search(r"_(\d+)\.pt", p.name))]
     saved = bool(steps) and max(steps) >= last.get("step", 0)
@@ -64,32 +64,34 @@ def status_of(folder: Path, queue: Mapping[str, str], locked: set[int]) -> Statu
         state = "queued" if queue[job] in WAITING else "running"
     elif lock.exists() and lock.stat().st_ino in locked:
         state = "running"
-    elif saved and epochs is not None and epoch is not None and epoch >= epochs and last["kind"] == "eval":
+    elif saved and isinstance(epochs, int) and epoch is not None and epoch >= epochs and last["kind"] == "eval":
         state = "finished"
     else:
         code = _exit_code(folder / "slurm" / f"job-{job}.exit")
-        stopped = code == PREEMPTED if code is not None else saved or not records
+        stopped = code == PREEMPTED if code is not None else saved or not said
         state = "stopped" if stopped else "failed"
-    return Status(folder, state, epoch, epochs, newest_figure(records, config), job)
+    return Status(folder, state, epoch, epochs, newest_figure(said, config), job)
 
 
 def job_of(folder: Path) -> str:
     """The number of the Slurm job that ran last in the folder, or that is to run there; empty if there was none."""
-    submissions = sorted((folder / "slurm").glob("*.json"), key=lambda p: int(p.stem))
-    submitted = _json(submissions[-1]) if submissions else {}
-    ran = _json(folder / "environment.json")
-    if ran.get("slurm_job") and ran["started"] >= submitted.get("started", ""):
+    submissions = sorted((folder / "slurm").glob("[0-9]*.json"), key=lambda p: (len(p.stem), p.stem))
+    submitted = records.read_note(submissions[-1]) if submissions else {}
+    ran = records.read_note(folder / "environment.json")
+    if ran.get("slurm_job") and str(ran.get("started")) >= str(submitted.get("started", "")):
         return str(ran["slurm_job"])
-    return str(submitted["jobs"][0]) if submitted else ""
+    jobs = submitted.get("jobs")
+    return str(jobs[0]) if isinstance(jobs, list) and jobs else ""
 
 
-def newest_figure(records: list[dict[str, Any]], config: Mapping[str, Any]) -> str:
+def newest_figure(said: list[records.Record], config: Mapping[str, Any]) -> str:
     """The metric that decides which model is the best, from the newest evaluation; before that, the loss."""
-    best = config.get("checkpoint", {}).get("best", "")
+    section = config.get("checkpoint")
+    best = section.get("best", "") if isinstance(section, dict) else ""
     for name, kind in ((best, "eval"), ("loss/total", "train")):
-        for record in reversed(records):
-            if record["kind"] == kind and name in record:
-                value = record[name]
+        for record in reversed(said):
+            value = record.get(name, "")
+            if record["kind"] == kind and (value is None or isinstance(value, int | float)):
                 return f"{name} {math.nan if value is None else value:.4g}"
     return ""
 
@@ -110,33 +112,18 @@ def locked_files() -> set[int]:
     return {int(line.split()[-3].split(":")[-1]) for line in lines if "FLOCK" in line and "->" not in line}
 
 
-def _records(file: Path) -> list[dict[str, Any]]:
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:  # cut short by a kill
-            continue
-    return records
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):  # not written yet, or not wholly, on a full disk
-        return {}
-    return found
-
-
 def _yaml(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] | None = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found or {}
+    """The config of a run; empty if there is none that can be read."""
+    try:
+        found = yaml.safe_load(file.read_bytes())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _exit_code(file: Path) -> int | None:
-    words = file.read_text(encoding="utf-8").split() if file.is_file() else []
-    return int(words[0]) if words else None
+    words = file.read_bytes().split() if file.is_file() else []
+    return int(words[0]) if words and words[0].isdigit() else None
 
 
 def table(statuses: list[Status]) -> Table:

@@ -11,7 +11,7 @@ PACKAGE = REPOSITORY / "mtunet_dist"
 # Each layer may import the ones above it and its own. First match wins; a file that matches none fails the test.
 LAYERS = [
     ["errors", "machine", "schema", "preemption"],
-    ["plugins", "distributed", "environment", "files", "folder_lock", "place", "sync_batchnorm"],
+    ["plugins", "distributed", "environment", "files", "folder_lock", "place", "records", "sync_batchnorm"],
     ["config"],
     ["losses", "metrics", "models", "synthetic"],
     ["weightings", "sources"],

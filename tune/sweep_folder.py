@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mtunet_dist import records
 from mtunet_dist.errors import InputError
+from mtunet_dist.files import read_json
 from mtunet_dist.folder_lock import lock_folder
 
 PATIENCE_S = 120.0  # for another process to leave a run folder, or to write a checkpoint there
@@ -87,7 +89,8 @@ def read_trials(sweep: Path) -> list[Trial]:
 def read_trial(folder: Path) -> Trial:
     """The trial in its run folder."""
     history = tuple(
-        Exploit(record["epoch"], record["from"], record["parameters"]) for record in _records(folder / "history.jsonl")
+        Exploit(record["epoch"], record["from"], record["parameters"])
+        for record in records.read(folder / "history.jsonl", {"epoch": int, "from": str, "parameters": dict})
     )
     ended = (folder / "outcome.json").is_file()
     outcome: dict[str, Any] = _read(folder / "outcome.json") if ended else {"status": "unfinished"}
@@ -104,15 +107,14 @@ def read_trial(folder: Path) -> Trial:
 def evaluations(folder: Path) -> Iterator[Evaluation]:
     """What the run folder's metrics.jsonl says of evaluations after whole epochs, the newest of each."""
     newest: dict[int, Evaluation] = {}
-    for record in _records(folder / "metrics.jsonl"):
-        if record["kind"] == "eval":
-            epoch = round(record["epoch"])
-            metrics = {
-                name: math.nan if value is None else float(value)
-                for name, value in record.items()
-                if (value is None or isinstance(value, int | float)) and name not in ("epoch", "step", "time")
-            }
-            newest[epoch] = Evaluation(epoch, metrics)
+    for record in records.metrics(folder, "eval"):
+        epoch = round(record["epoch"])
+        metrics = {
+            name: math.nan if value is None else float(value)
+            for name, value in record.items()
+            if (value is None or isinstance(value, int | float)) and name not in ("epoch", "step", "time")
+        }
+        newest[epoch] = Evaluation(epoch, metrics)
     yield from (newest[epoch] for epoch in sorted(newest))
 
 
@@ -124,9 +126,8 @@ def write_parameters(folder: Path, parameters: dict[str, Any]) -> None:
 
 def write_exploit(folder: Path, exploit: Exploit) -> None:
     """Note that the trial went on from another's weights."""
-    line = json.dumps({"epoch": exploit.epoch, "from": exploit.source, "parameters": exploit.parameters})
-    with (folder / "history.jsonl").open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    line = {"epoch": exploit.epoch, "from": exploit.source, "parameters": exploit.parameters}
+    records.append(folder / "history.jsonl", line)
 
 
 def write_outcome(folder: Path, status: Status, error: str = "", seconds: float | None = None) -> None:
@@ -142,16 +143,5 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    value: dict[str, Any] = read_json(path)
     return value
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a JSON-lines file, but one that a kill cut short."""
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue

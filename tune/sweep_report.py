@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 from collections import Counter
@@ -18,6 +17,7 @@ from rich.text import Text
 
 from mtunet_dist.config import Config, to_yaml
 from mtunet_dist.errors import InputError, MTUNetError
+from mtunet_dist.files import read_json
 from sweep_config import Sweep, trial_config
 from sweep_figures import draw
 from sweep_folder import Trial
@@ -128,7 +128,7 @@ def schedule(trial: Trial, trials: Sequence[Trial], sweep: Sweep) -> list[Stage]
         stages.append(Stage(newest.epoch, newest.source, newest.parameters))
         now, until = by_id[newest.source], newest.epoch
     # A trial's parameters are its newest; the first ones stay in the file that is written before it starts.
-    first = json.loads((sweep.dir / "trials" / now.id / "trial.json").read_text(encoding="utf-8"))["parameters"]
+    first = read_json(sweep.dir / "trials" / now.id / "trial.json")["parameters"]
     return [Stage(0, now.id, first), *reversed(stages)]
 
 

@@ -132,7 +132,8 @@ def _weights(runs: Sequence[Training], task: str) -> Points:
     """The weight after each epoch, which is that of the next."""
     points: Points = {}
     for run in runs:
-        of_run = {r["epoch"]: r[f"weight/{task}"] for r in run.records("train")}
+        whole = run.records("train", **{f"weight/{name}": float for name in run.config.tasks})  # of all tasks alike
+        of_run = {r["epoch"]: r[f"weight/{task}"] for r in whole}
         for epoch, value in of_run.items():
             if float(epoch).is_integer():
                 points.setdefault(epoch, []).append(value)
@@ -142,9 +143,8 @@ def _weights(runs: Sequence[Training], task: str) -> Points:
 def _evaluations(runs: Sequence[Training], metric: str) -> Points:
     points: Points = {}
     for run in runs:
-        for record in run.records("eval"):
-            if record[metric] is not None:
-                points.setdefault(record["epoch"], []).append(record[metric])
+        for record in run.records("eval", **{metric: float}):
+            points.setdefault(record["epoch"], []).append(record[metric])
     return points
 
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from mtunet_dist import checkpoint
+from mtunet_dist import checkpoint, records
 from mtunet_dist.config import Config, load_config, save_config
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
@@ -86,17 +83,14 @@ class Training:
     def minutes(self) -> float:
         """Time spent in training steps, however often it was interrupted; without start, evaluation and saving."""
         seconds, before = 0.0, 0
-        for record in self.records("train"):
-            seconds += (record["step"] - before) * self.config.batch_size / record["samples_per_s"]
+        for record in self.records("train", samples_per_s=float):
+            seconds += (record["step"] - before) * self.config.batch_size / max(record["samples_per_s"], 1e-9)
             before = record["step"]
         return seconds / 60
 
-    def records(self, kind: str) -> list[dict[str, Any]]:
-        """Its lines of metrics.jsonl of a ``kind``, "train" or "eval"; a line cut short by a kill is left out."""
-        file = self.dir / "metrics.jsonl"
-        if not file.is_file():
-            return []
-        return [r for r in _parsed(file.read_text(encoding="utf-8").splitlines()) if r["kind"] == kind]
+    def records(self, kind: str, **keys: type) -> list[records.Record]:
+        """Its lines of metrics.jsonl of a ``kind``, "train" or "eval", with these ``keys`` beside step and epoch."""
+        return records.metrics(self.dir, kind, **keys)
 
     def write_config(self) -> Path:
         """Write config.yaml into its run folder, the file that it is started with."""
@@ -179,11 +173,3 @@ def _check_folder(training: Training) -> None:
         return
     if changed := changed_settings(load_config(file), training.config, MAY_DIFFER):
         raise InputError(f"{training.dir} holds a run with {', '.join(changed)}; choose another --out, or remove it")
-
-
-def _parsed(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue
