@@ -2,33 +2,38 @@
 
 The sections ``model``, ``weighting`` and ``strategy`` name a plugin and hold its options beside the name; they are
 checked against, and completed from, the plugin's own parameters; an override of the name to another plugin's leaves
-out the options that the file gives to the one it names. OmegaConf does the merging and stays in this file.
+out the options that the file gives to the one it names.
 
-On the command line the value of a string is what follows the ``=``, character for character; every other value is
-YAML. In a file ``${...}`` refers to another key, and ``\\${`` is a literal ``${``.
+The value of a key that holds text is what the file says, or what follows the ``=``, letter for letter, but that a
+leading ``~/`` means the home folder; every other value is YAML. In a file ``${...}`` refers to another key, and
+``\\${`` is a literal ``${``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
-
-import yaml
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from typing import Any, Literal
 
 from mtunet_dist import plugins
 from mtunet_dist.errors import InputError, closest
 from mtunet_dist.files import write_text
 from mtunet_dist.place import own_folder
-
-T = TypeVar("T")
+from mtunet_dist.typed_yaml import (
+    MISSING,
+    all_keys,
+    as_dict,
+    content,
+    leaves,
+    load_as,
+    merge,
+    parse_yaml,
+    put_text,
+    read_yaml,
+    to_yaml,
+)
 
 TASKS = ("segmentation", "depth")
 PLUGIN_SECTIONS = ("model", "weighting", "strategy")
@@ -148,22 +153,25 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     ``run_dir`` among the overrides wins. Raises InputError that names the key, the value and, for a misspelt key, the
     likely one.
     """
-    return _load([_placed(_read_yaml(Path(path)), Path(path))] if path is not None else [], overrides)
+    return _load(
+        [_placed(read_yaml(Path(path), Config, _schema_of), Path(path))] if path is not None else [], overrides
+    )
 
 
 def _placed(layer: Any, path: Path) -> Any:
     """``layer``, read from ``path``, with the run folder that ``path`` lies in, if it is a run folder's own."""
     folder = own_folder(path)
     if folder is not None:
-        written = OmegaConf.to_container(layer).get("run_dir")  # type: ignore[union-attr]
+        written = content(layer).get("run_dir")
         if not isinstance(written, str) or Path(written).resolve() != folder.resolve():
-            layer.run_dir = _escaped(str(folder if folder != Path() else folder.resolve()))
+            whole = folder == Path() or str(folder).startswith("~")  # which would be the home folder
+            put_text(layer, "run_dir", str(folder.resolve() if whole else folder))
     return layer
 
 
 def config_from_text(text: str, overrides: Sequence[str] = ()) -> Config:
     """The config that ``to_yaml`` turned into ``text``, with ``overrides``; errors as ``load_config``."""
-    return _load([OmegaConf.create(text)], overrides)
+    return _load([parse_yaml(text, Config, _schema_of)], overrides)
 
 
 def _load(layers: list[Any], overrides: Sequence[str]) -> Config:
@@ -172,48 +180,27 @@ def _load(layers: list[Any], overrides: Sequence[str]) -> Config:
         section, dot, rest = word.partition(".")
         belongs_to_plugin = dot and section in PLUGIN_SECTIONS
         words[section if belongs_to_plugin else ""].append(rest if belongs_to_plugin else word)
-    config = _merge(Config, layers, words[""])
+    config = merge(Config, layers, words[""], _keys_of_default_plugins)
     sections: dict[str, Any] = {s: _plugin_section(s, getattr(config, s), words[s]) for s in PLUGIN_SECTIONS}
     config = dataclasses.replace(config, **sections)
     _check(config)
     return config
 
 
-def load_as(schema: type[T], source: Path | dict[str, Any], overrides: Sequence[str] = ()) -> T:
-    """The dataclass ``schema`` filled from a YAML file or a mapping, then ``key=value`` overrides, typed and checked.
-
-    For files beside the config, such as a sweep's; errors as ``load_config``.
-    """
-    layer = _read_yaml(source) if isinstance(source, Path) else OmegaConf.create(_escaped(source))
-    return _merge(schema, [layer], overrides)
+def _schema_of(section: str, name: str) -> type | None:
+    """What the section may hold where it names the plugin ``name``; None if there is no such plugin."""
+    known = section in PLUGIN_SECTIONS and name in plugins.available(section)
+    return plugins.options_schema(section, name) if known else None
 
 
-def _merge(schema: type[T], layers: list[Any], overrides: Sequence[str]) -> T:
-    layers = [*layers, _parse_overrides(schema, overrides)]
-    for layer in layers:
-        _check_shape(schema, OmegaConf.to_container(layer))
-    try:
-        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *layers))
-    except MissingMandatoryValue as error:
-        raise InputError(f"{error.full_key} must be given") from None
-    except OmegaConfBaseException as error:
-        raise InputError(_one_line(error)) from None
-    assert isinstance(merged, schema)
-    for key, value in leaves(_as_dict(merged)):
-        numbers = value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            raise InputError(f"{key}={_shown(value)} must be finite")
-    return merged
+def _keys_of_default_plugins() -> list[str]:
+    names = {section: getattr(Config(), section)["name"] for section in PLUGIN_SECTIONS}
+    return [f"{s}.{key}" for s, name in names.items() for key in all_keys(plugins.options_schema(s, name))]
 
 
 def save_config(config: Config, path: Path) -> None:
     """Write ``config`` as YAML that ``load_config`` reads back to an equal one; a kill leaves the file of before."""
     write_text(path, to_yaml(config))
-
-
-def to_yaml(config: object) -> str:
-    """``config``, or what ``load_as`` gave, as YAML text in the order of its dataclass."""
-    return OmegaConf.to_yaml(OmegaConf.create(_escaped(_as_dict(config))))
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -233,7 +220,7 @@ def plugin_options(
         options: object = load_as(schema, given, overrides) if isinstance(given, dict) else load_as(schema, {}, given)
     except InputError as error:
         raise InputError(f"{kind} '{name}': {error}") from None
-    return _as_dict(options)
+    return as_dict(options)
 
 
 def _plugin_section(kind: str, section: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -247,127 +234,6 @@ def _plugin_section(kind: str, section: dict[str, Any], overrides: Sequence[str]
         raise InputError(f"{kind}.name is missing. Available: {', '.join(plugins.available(kind))}")
     words = [word for word in overrides if not word.startswith("name=")]
     return {"name": name, **plugin_options(kind, name, options, words)}
-
-
-def _as_dict(instance: object) -> dict[str, Any]:
-    assert dataclasses.is_dataclass(instance) and not isinstance(instance, type)
-    return dataclasses.asdict(instance)
-
-
-def leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and the values that are no sections."""
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _escaped(value: Any) -> Any:
-    """``value`` such that OmegaConf reads each ``${`` in its strings as it stands, not as a reference."""
-    if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
-    if isinstance(value, Mapping):
-        return {key: _escaped(inner) for key, inner in value.items()}
-    return [_escaped(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def _read_yaml(path: Path) -> Any:
-    if not path.is_file():
-        raise InputError(f"config file {path} does not exist")
-    try:
-        layer = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise InputError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
-    if not OmegaConf.is_dict(layer):
-        raise InputError(f"{path}: a config must be a mapping of keys to values")
-    return layer
-
-
-def _parse_overrides(schema: type, words: Sequence[str]) -> Any:
-    layer = OmegaConf.create({})
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise InputError(f"'{word}' is not of the form key=value")
-        if any("\ud800" <= character <= "\udfff" for character in word):  # how Python reads bytes that are no text
-            raise InputError(f"{word!a} is not UTF-8, which config.yaml is")
-        try:
-            if _is_text(schema, key):
-                OmegaConf.update(layer, key, _escaped(value))
-            else:
-                layer.merge_with_dotlist([word])
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise InputError(f"cannot read '{word}': {' '.join(str(error).split())}") from None
-    return layer
-
-
-def _is_text(schema: Any, key: str) -> bool:
-    """Whether the dotted ``key`` of ``schema`` holds a string."""
-    kind = schema
-    for name in key.split("."):
-        if not dataclasses.is_dataclass(kind):
-            return False
-        kind = get_type_hints(kind).get(name)
-    return kind is str or (get_origin(kind) is Literal and all(isinstance(value, str) for value in get_args(kind)))
-
-
-def _check_shape(schema: Any, given: Any, prefix: str = "") -> None:
-    """Refuse unknown keys, and what is no section or no list where one is due; OmegaConf says less about them."""
-    kinds = get_type_hints(schema)
-    for name, value in given.items():
-        key = f"{prefix}{name}"
-        if name not in kinds:
-            near = closest(str(name), list(kinds))
-            raise InputError(f"unknown key '{key}'.{near} Available: {', '.join(kinds) or 'none'}")
-        kind = kinds[name]
-        if _is_reference(value):
-            continue
-        if dataclasses.is_dataclass(kind) or get_origin(kind) is dict:
-            if not isinstance(value, dict):
-                raise InputError(f"{key}={_shown(value)}: {key} is a section{_how_to_write(key, kind, value)}")
-            if dataclasses.is_dataclass(kind):
-                _check_shape(kind, value, f"{key}.")
-        elif get_origin(kind) is tuple:
-            _check_list(key, value, get_args(kind))
-
-
-def _how_to_write(key: str, kind: Any, value: Any) -> str:
-    names = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
-    if isinstance(value, str) and (key in PLUGIN_SECTIONS or "name" in names):
-        return f"; write {key}.name={value}"
-    return f" of the keys {', '.join(names)}" if names else ""
-
-
-def _check_list(key: str, value: Any, kinds: tuple[Any, ...]) -> None:
-    """Refuse a ``value`` that is not a list of ``kinds`` as in ``tuple[kinds]``."""
-    if not isinstance(value, list | tuple):
-        example = "" if isinstance(value, dict) else f", such as {key}=[{_shown(value)}]"
-        raise InputError(f"{key}={_shown(value)} must be a list{example}")
-    if kinds[-1] is not ... and len(value) != len(kinds):
-        raise InputError(f"{key}={_shown(value)} must be a list of {len(kinds)}")
-    numbers = [isinstance(v, int | float) and not isinstance(v, bool) for v in value if not _is_reference(v)]
-    if kinds[0] in (int, float) and not all(numbers):
-        raise InputError(f"{key}={_shown(value)} must be a list of numbers")
-
-
-def _is_reference(value: Any) -> bool:
-    """Whether ``value`` stands for another key's; what that is, OmegaConf checks."""
-    return isinstance(value, str) and "${" in value
-
-
-def _shown(value: Any) -> str:
-    """``value`` as on the command line."""
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_shown, value))}]"
-    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
-
-
-def _one_line(error: OmegaConfBaseException) -> str:
-    """OmegaConf's message without its extra lines, led by the full key when the message lacks it."""
-    message = str(error).splitlines()[0]
-    key = getattr(error, "full_key", None)
-    return message if not key or f"'{key}'" in message else f"{key}: {message}"
 
 
 def _check(config: Config) -> None:

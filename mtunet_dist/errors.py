@@ -36,10 +36,15 @@ class PreemptedError(MTUNetError):
     """A training was asked to stop and did, with a checkpoint; the same command goes on."""
 
 
+def nearest(name: str, names: Sequence[str]) -> str | None:
+    """The one of ``names`` that a misspelt ``name`` probably means."""
+    return next(iter(difflib.get_close_matches(name, names, n=1)), None)
+
+
 def closest(name: str, names: Sequence[str]) -> str:
     """`` Did you mean 'x'?`` for a misspelt ``name``, or nothing; goes into an error message."""
-    near = difflib.get_close_matches(name, names, n=1)
-    return f" Did you mean '{near[0]}'?" if near else ""
+    near = nearest(name, names)
+    return f" Did you mean '{near}'?" if near else ""
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from mtunet_dist import checkpoint, distributed
 from mtunet_dist import environment as environments
-from mtunet_dist.config import Config, config_from_text, flat, save_config, to_yaml
+from mtunet_dist.config import Config, config_from_text, flat, save_config
 from mtunet_dist.errors import InputError, MTUNetError
 from mtunet_dist.files import write_json
 from mtunet_dist.folder_lock import lock_folder
 from mtunet_dist.place import CONFIG
 from mtunet_dist.run import Run, build
+from mtunet_dist.typed_yaml import to_yaml
 
 # What may differ between a checkpoint and the run that continues it: it does not change what is learned beyond rounding
 # (loader, cache and device: one level of RGB; strategy.compress: eight bits of a gradient), or, as epochs and on_error,

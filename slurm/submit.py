@@ -23,12 +23,13 @@ from typing import Any, get_type_hints
 import yaml
 
 from job_script import Job, Options, render
-from mtunet_dist.config import Config, load_as, load_config, to_yaml
+from mtunet_dist.config import Config, load_config
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.environment import environment
 from mtunet_dist.errors import InputError, MTUNetError, closest, command
 from mtunet_dist.files import write_json
+from mtunet_dist.typed_yaml import load_as, to_yaml
 
 HOME = Path(__file__).resolve().parents[1]
 TIME = re.compile(r"(\d+-)?\d+(:\d+){1,2}|\d+-\d+")
@@ -187,7 +188,7 @@ def options_of(args: argparse.Namespace, kinds: dict[str, Any]) -> Options:
         if getattr(options, name) < least:
             raise InputError(f"{name}={getattr(options, name)} must be at least {least}")
     if options.time and not TIME.fullmatch(options.time):
-        raise InputError(f"time={options.time} must be HH:MM:SS or D-HH:MM:SS; in a profile write it in quotes")
+        raise InputError(f"time={options.time} must be HH:MM:SS or D-HH:MM:SS")
     if args.verb != "train" and (options.grid or options.at_once or (options.seeds and args.verb == "sweep")):
         raise InputError(f"seeds, grid and at_once are for train, not for {args.verb}")
     if options.chain > 1 and (options.seeds or options.grid):

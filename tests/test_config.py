@@ -9,8 +9,9 @@ from typing import Literal
 import pytest
 
 from mtunet_dist import plugins
-from mtunet_dist.config import Config, config_from_text, load_config, plugin_options, save_config, to_yaml
+from mtunet_dist.config import Config, config_from_text, load_config, plugin_options, save_config
 from mtunet_dist.errors import InputError
+from mtunet_dist.typed_yaml import to_yaml
 
 REQUIRED = ["run_dir=r", "data.root=d"]
 
@@ -25,6 +26,10 @@ def test_defaults_are_the_papers_settings() -> None:
         "dense_scope": "encoder",
         "attention": True,
         "cross_talk": True,
+        "cross_talk_from": "attended",
+        "dense_image": False,
+        "skips_after_dropout": False,
+        "upsampling": "transposed",
         "dropout": 0.2,
     }
     assert config.weighting["name"] == "learned"

@@ -22,12 +22,13 @@ from mtunet_dist import evaluate as evaluation
 from mtunet_dist import export as exporting
 from mtunet_dist import predict as prediction
 from mtunet_dist.baselines import ConstantPredictor
-from mtunet_dist.config import Config, config_from_text, to_yaml
+from mtunet_dist.config import Config, config_from_text
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError
 from mtunet_dist.evaluate import Evaluation, eval_loader, evaluate, load_step, metric_names
 from mtunet_dist.multitask import build_step, make_tasks
 from mtunet_dist.train import train
+from mtunet_dist.typed_yaml import to_yaml
 
 MakeConfig = Callable[..., Config]
 CPU = torch.device("cpu")

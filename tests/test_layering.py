@@ -12,6 +12,8 @@ PACKAGE = REPOSITORY / "mtunet_dist"
 LAYERS = [
     ["errors", "machine", "schema", "preemption"],
     ["plugins", "distributed", "environment", "files", "folder_lock", "place", "records", "sync_batchnorm"],
+    ["key_hints"],
+    ["typed_yaml"],
     ["config"],
     ["losses", "metrics", "models", "synthetic"],
     ["weightings", "sources"],
@@ -27,7 +29,7 @@ LAYERS = [
 ]
 ONLY_IN = {
     "nvidia": ["data.dali"],
-    "omegaconf": ["config"],
+    "omegaconf": ["typed_yaml"],
     "deepspeed": ["strategies.deepspeed"],
     "h5py": ["sources.nyuv2_mat"],
     "ray": [],

@@ -19,11 +19,11 @@ import torch
 import yaml
 from rich.console import Console
 
-from mtunet_dist.config import to_yaml
 from mtunet_dist.errors import InputError, MTUNetError, command
 from mtunet_dist.files import write_text
 from mtunet_dist.folder_lock import lock_folder
 from mtunet_dist.machine import cpus
+from mtunet_dist.typed_yaml import to_yaml
 from sweep_config import Sweep, check_trials, find_config, load_sweep
 from sweep_folder import read_trials
 from sweep_ray import check_room, run_trials

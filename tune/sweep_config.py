@@ -9,12 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from mtunet_dist.config import Config, load_as, load_config
+from mtunet_dist.config import Config, load_config
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError
 from mtunet_dist.evaluate import metric_names
 from mtunet_dist.multitask import make_tasks
+from mtunet_dist.typed_yaml import load_as
 from sweep_objective import Objective
 from sweep_space import Dimension, Parameters, corners, dimensions_of, grid, words
 

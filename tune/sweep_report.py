@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mtunet_dist.config import Config, to_yaml
+from mtunet_dist.config import Config
 from mtunet_dist.errors import InputError, MTUNetError
 from mtunet_dist.files import read_json
+from mtunet_dist.typed_yaml import to_yaml
 from sweep_config import Sweep, trial_config
 from sweep_figures import draw
 from sweep_folder import Trial

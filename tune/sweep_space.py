@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mtunet_dist.config import load_as
 from mtunet_dist.errors import InputError, closest
+from mtunet_dist.typed_yaml import load_as
 
 Parameters = dict[str, Any]  # config key -> value, of the dimensions that are active in a trial
 Pick = Callable[[str, "Dimension"], Any]

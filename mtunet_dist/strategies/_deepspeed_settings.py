@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mtunet_dist.config import Config, leaves
+from mtunet_dist.config import Config
 from mtunet_dist.errors import InputError
 from mtunet_dist.place import shown
+from mtunet_dist.typed_yaml import leaves
 
 Settings = dict[str, Any]
 STAGES = (0, 1, 2, 3)
