@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from sweep_ray import local_ray, ray, tune  # it sets what Ray reads when it is 
 from sweep_workers import resources, train_with_workers
 
 EPOCHS = 3
-TRIALS = {"stopped": ["epochs=1000"], "killed": []}  # with settings of their own
+TRIALS = {"stopped": ["epochs=1000"], "killed": [], "broken": []}  # with settings of their own
 
 
 def trained_by(log: Path) -> list[int]:
@@ -54,6 +55,8 @@ def trial(parameters: dict[str, Any], folder: Path, overrides: list[str]) -> Non
         refused = load_config(None, [*overrides, f"run_dir={folder / 'refused'}", "checkpoint.best=no_metric"])
         with pytest.raises(InputError, match=r"^checkpoint.best=no_metric"):
             train_with_workers(refused, 2, 1, 0, on_eval, log)
+    if name == "broken":  # in a way that is not the user's error
+        config = dataclasses.replace(config, seed="no number")  # type: ignore[arg-type]
     metrics = train_with_workers(config, 2, 1, 0, on_eval, log)
     outcome.write_text(json.dumps(metrics))
 
@@ -90,7 +93,9 @@ def test_trials_of_two_processes_end_as_torchrun_does_and_leave_nothing(
     finally:
         kill_all(reference)
 
-    assert not results.errors
+    (error,) = results.errors
+    assert isinstance(error.cause, ValueError) and "no number" in str(error.cause)
+    assert "\nValueError: invalid literal" in (tmp_path / "broken.log").read_text()
     log = (tmp_path / "killed.log").read_text()
     assert [log.count(f"; {how}; run folder") for how in ("starting", "resuming at step 6")] == [1, 1]
     assert_same_state(final_state(tmp_path / "killed"), final_state(reference))

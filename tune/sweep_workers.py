@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -113,7 +114,13 @@ class Worker:
     def _train(self) -> dict[str, float]:
         self._go.get()
         torch.set_num_threads(self._threads)
-        return train(self._config, self._on_eval if self._main else None)
+        try:
+            return train(self._config, self._on_eval if self._main else None)
+        except MTUNetError:
+            raise  # says all in a line, which the trial notes
+        except Exception:
+            traceback.print_exc()  # into the log; the trial notes the last line only
+            raise
 
     def _on_eval(self, step: int, metrics: dict[str, float]) -> None:
         self._said.put((step, metrics))
@@ -130,7 +137,8 @@ def _follow(actors: Sequence[Any], on_eval: OnEval) -> dict[str, float]:
         try:
             answer = ray.get(ready)
         except (RayTaskError, *LOST) as error:
-            raise _cause(error, rank, waiting) from error
+            # Not from the error: it may be the cause itself, or hold it, and Ray would follow that circle for ever.
+            raise _cause(error, rank, waiting) from None
         if isinstance(answer, tuple):
             on_eval(*answer)
             waiting[actors[rank].advance.remote()] = rank
@@ -155,4 +163,4 @@ def _cause(first: Exception, rank: int, waiting: Mapping[Any, int]) -> Exception
     for lost, failure in failures.items():
         if isinstance(failure, LOST):
             return WorkerLostError(f"rank {lost} of the trial was lost: {str(failure).splitlines()[0]}")
-    return first
+    return getattr(first, "cause", first)  # the worker's own, whose traceback is in the log
