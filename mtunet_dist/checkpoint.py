@@ -11,8 +11,10 @@ import errno
 import os
 import re
 import shutil
+import uuid
 import warnings
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -32,20 +34,24 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}.pt"
 
 
-def save(folder: Path, state: State, *, keep: int, best: bool) -> Path:
+def save(folder: Path, state: State, *, keep: int, best: bool, check_owner: Callable[[], None] | None = None) -> Path:
     """Write ``state`` (with its ``step``), link it as ``best.pt`` if it is the ``best``, keep the newest ``keep``.
 
     Whatever happens while writing, every file under its final name is whole. Files of later steps go too: a run
-    only gets to be behind them when they could not be read. Raises MTUNetError if the disk is full or read-only.
+    only gets to be behind them when they could not be read. ``check_owner`` is called right before the file gets its
+    name; it does not return in a process that another has succeeded. Raises MTUNetError if the disk is full or
+    read-only.
     """
     path = path_of(folder, state["step"])
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # nobody else's, whoever else writes here
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
+        if check_owner is not None:
+            check_owner()
         if best:
             publish(temporary, folder / "best.pt")  # first: under its own name the file says that it is the best
         temporary.replace(path)
@@ -154,13 +160,16 @@ class Writer:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
+        self.check_owner: Callable[[], None] | None = None  # see ``save``
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[Path] | None = None
 
     def submit(self, state: State, *, best: bool) -> None:
         """Copy ``state`` and begin to ``save`` it. What was submitted before must have been waited for."""
         assert self._writing is None
-        self._writing = self._thread.submit(save, self.folder, _copy(state), keep=self.keep, best=best)
+        self._writing = self._thread.submit(
+            save, self.folder, _copy(state), keep=self.keep, best=best, check_owner=self.check_owner
+        )
 
     @property
     def failed(self) -> bool:

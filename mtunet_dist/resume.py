@@ -17,7 +17,7 @@ from mtunet_dist import environment as environments
 from mtunet_dist.config import Config, config_from_text, flat, save_config
 from mtunet_dist.errors import InputError, MTUNetError
 from mtunet_dist.files import write_json
-from mtunet_dist.folder_lock import lock_folder
+from mtunet_dist.folder_lock import TAKEOVER_S, lock_folder
 from mtunet_dist.place import CONFIG
 from mtunet_dist.run import Run, build
 from mtunet_dist.typed_yaml import to_yaml
@@ -139,7 +139,10 @@ def check_written(run: Run) -> None:
 def _claim(run: Run) -> None:
     """Take the run folder until the run is closed. Raises InputError as ``lock_folder``."""
     busy = f"another training is writing to {run.dir}; stop it, or choose another run_dir"
-    run.lock = lock_folder(run.dir, busy, key="run_dir=")
+    # Other ranks wait meanwhile, a little longer than timeout_s.
+    takeover_s = min(TAKEOVER_S, run.config.timeout_s)
+    run.lock = lock_folder(run.dir, busy, key="run_dir=", takeover_s=takeover_s)
+    run.writer.check_owner = run.lock.end_if_lost
 
 
 def _describe(run: Run) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import IO
 
 import torch
 
@@ -20,6 +19,7 @@ from mtunet_dist.data.splits import Split
 from mtunet_dist.data.torch_loader import TorchLoader
 from mtunet_dist.errors import InputError
 from mtunet_dist.evaluate import eval_loader, metric_names
+from mtunet_dist.folder_lock import FolderLock
 from mtunet_dist.multitask import Batch, MultiTaskStep, build_step, check_model
 from mtunet_dist.strategies._strategy import Strategy
 from mtunet_dist.sync_batchnorm import synchronise
@@ -41,7 +41,7 @@ class Run:
     picture_batch: Batch | None  # on rank 0, if pictures are wanted
     writer: checkpoint.Writer  # used on rank 0
 
-    lock: IO[bytes] | None = None  # on rank 0; keeps other trainings out of the run folder
+    lock: FolderLock | None = None  # on rank 0; keeps other trainings out of the run folder
 
     # How far the run is.
     step: int = 0  # optimiser steps done

@@ -89,6 +89,8 @@ def _loop(run: Run, tracker: Tracker, stop: StopRequest, watchdog: Watchdog, on_
         best = stopping = False
         if epoch_done or save or run.step % config.log.every_steps == 0:  # so nothing non-finite is ever saved
             report, stopping = _report(run, window, lr, stop, tracker)
+            if run.lock is not None:
+                run.lock.end_if_lost()  # before anything is written
             tracker.steps(run.step, report)
             window.clear()
             gc.collect()
