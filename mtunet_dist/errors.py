@@ -29,7 +29,7 @@ class InputError(MTUNetError, ValueError):
 
 
 class NonFiniteLossError(MTUNetError, FloatingPointError):
-    """A loss became NaN or infinite. Names the task, step and epoch."""
+    """A loss, or what a training is made of, became NaN or infinite. Names it, and the step."""
 
 
 class PreemptedError(MTUNetError):

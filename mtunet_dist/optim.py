@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -87,6 +87,13 @@ def lr_at(step: int, config: OptimConfig, steps_per_epoch: int, total_steps: int
 def named_state(optimizer: Optimizer, module: nn.Module) -> NamedState:
     """The state of ``optimizer``, which holds the trained parameters of ``module`` whole; tensors are not copied."""
     return {name: dict(optimizer.state.get(p, {})) for name, p in module.named_parameters() if p.requires_grad}
+
+
+def named_tensors(optimizer: Optimizer, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The state of ``module``, whole, and of ``optimizer``, by name."""
+    yield from module.state_dict().items()
+    for name, slots in named_state(optimizer, module).items():
+        yield from ((f"{slot} of {name}", value) for slot, value in slots.items())
 
 
 def load_named_state(optimizer: Optimizer, module: nn.Module, state: NamedState) -> None:

@@ -20,6 +20,7 @@ from mtunet_dist import distributed, records
 from mtunet_dist.errors import MTUNetError
 
 PLAIN_LINE_SECONDS = 10.0
+ABOUT = ("kind", "step", "epoch", "time")  # of each line of metrics.jsonl; the rest are its figures
 BOARD_RETRY_SECONDS = 60.0  # between tries to open TensorBoard's file on a full disk; each leaves an empty file
 
 
@@ -37,9 +38,10 @@ class StepReport:
 class Tracker:
     """Reports of one process that trains ``total_steps`` steps, ``start_step`` of them done before. Silent off rank 0.
 
-    A resumed run drops what metrics.jsonl and TensorBoard hold beyond ``start_step``: those steps come again. When the
-    disk is full or read-only it leaves out what cannot be written, and says so, or with ``on_write_error="stop"`` keeps
-    the ``error`` for ``check`` to raise: all ranks must hear of it, not only the one that writes.
+    A resumed run drops what metrics.jsonl and TensorBoard hold of steps beyond ``start_step``, and with
+    ``evaluation_due`` of an evaluation after it: they come again. When the disk is full or read-only it leaves out what
+    cannot be written, and says so, or with ``on_write_error="stop"`` keeps the ``error`` for ``check`` to raise: all
+    ranks must hear of it, not only the one that writes.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Tracker:
         total_steps: int,
         steps_per_epoch: int,
         batch_size: int,
+        evaluation_due: bool = False,
         on_write_error: str = "stop",
     ) -> None:
         self.main = distributed.is_main()
@@ -68,10 +71,17 @@ class Tracker:
         self.metrics_file = run_dir / records.METRICS
         self.board: SummaryWriter | None = None
         with self._writing(self.metrics_file):
-            records.keep(self.metrics_file, records.METRICS_KEYS, lambda record: record["step"] <= start_step)
-        self.purge_step = start_step + 1 if start_step else None
+            newest = {"eval": start_step - evaluation_due}
+            records.keep(
+                self.metrics_file, records.METRICS_KEYS, lambda r: r["step"] <= newest.get(r["kind"], start_step)
+            )
+        # TensorBoard drops whole steps: where the last is yet to be evaluated, what was said of it is said again.
+        self.purge_step: int | None = start_step + (not evaluation_due)
         self.board_closed_until = -math.inf
         self._with_board(SummaryWriter.flush)
+        for record in records.metrics(run_dir, "train") if evaluation_due else []:
+            if record["step"] == start_step:
+                self._show("train", start_step, {k: v for k, v in record.items() if k not in ABOUT and v is not None})
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -162,11 +172,15 @@ class Tracker:
                 self.board.close()
 
     def _scalars(self, kind: str, done: int, values: Mapping[str, float]) -> None:
-        record = {"kind": kind, "step": done, "epoch": done / self.steps_per_epoch, "time": time.time()}
+        about = {"kind": kind, "step": done, "epoch": done / self.steps_per_epoch, "time": time.time()}
         # JSON knows neither NaN nor infinity: an undefined figure is null.
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         with self._writing(self.metrics_file):
-            records.append(self.metrics_file, {**record, **finite})
+            records.append(self.metrics_file, {**about, **finite})
+        self._show(kind, done, values)
+
+    def _show(self, kind: str, done: int, values: Mapping[str, float]) -> None:
+        """Draw the values in TensorBoard."""
 
         def add(board: SummaryWriter) -> None:
             for key, value in values.items():
@@ -183,7 +197,8 @@ class Tracker:
             try:
                 if self.board is None:
                     self.board = SummaryWriter(str(folder), purge_step=self.purge_step)
-                    self.purge_step = None
+                    self.board.flush()
+                    self.purge_step = None  # only now: where it did not get to the disk, neither did any step
                 use(self.board)
             except OSError:
                 self.board = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from mtunet_dist import distributed, optim, pictures, resume
 from mtunet_dist.config import Config, load_config
 from mtunet_dist.errors import NonFiniteLossError, PreemptedError, command
 from mtunet_dist.evaluate import evaluate
+from mtunet_dist.finite import count_broken, first_broken
 from mtunet_dist.metrics import higher_is_better
 from mtunet_dist.multitask import Batch, share_valid_counts
 from mtunet_dist.preemption import StopRequest
@@ -56,6 +57,7 @@ def train(config: Config, on_eval: OnEval | None = None) -> dict[str, float]:
                     total_steps=run.total_steps,
                     steps_per_epoch=run.order.steps_per_epoch,
                     batch_size=config.batch_size,
+                    evaluation_due=run.evaluation_due,
                     on_write_error=config.on_write_error,
                 )
                 with closing(tracker), StopRequest() as stop, _no_garbage_collection():
@@ -87,7 +89,8 @@ def _loop(run: Run, tracker: Tracker, stop: StopRequest, watchdog: Watchdog, on_
         if epoch_done:
             step.weighting.end_epoch()
         best = stopping = False
-        if epoch_done or save or run.step % config.log.every_steps == 0:  # so nothing non-finite is ever saved
+        # Before anything is evaluated or saved, so that all of it is finite.
+        if epoch_done or save or run.step % config.log.every_steps == 0:
             report, stopping = _report(run, window, lr, stop, tracker)
             if run.lock is not None:
                 run.lock.end_if_lost()  # before anything is written
@@ -126,13 +129,14 @@ def _optimiser_step(run: Run, batches: Iterator[Batch], lr: float) -> Tensor:
 def _report(run: Run, window: list[Tensor], lr: float, stop: StopRequest, tracker: Tracker) -> tuple[StepReport, bool]:
     """Bring the figures of the last steps to the host, once, averaged over ranks; and whether any is asked to stop.
 
-    Raises NonFiniteLossError, on all ranks alike, that names task, step and epoch; MTUNetError likewise if the newest
-    checkpoint, or what the tracker had to say, could not be written.
+    Raises NonFiniteLossError, on all ranks alike, that names task, step and epoch, or what of the state of the training
+    is not finite; MTUNetError likewise if the newest checkpoint, or what the tracker had to say, could not be written.
     """
     flags = window[0].new_tensor([stop.received is not None, run.writer.failed, tracker.error is not None])
-    total = distributed.all_reduce_sum(torch.cat([flags, *window]).double()).cpu()
-    asked, unsaved, unsaid = total[:3].tolist()
-    steps = total[3:].view(len(window), -1) / distributed.world_size()
+    broken = count_broken(run.strategy.tensors(), run.device, distributed.world_size())  # they are added up, in places
+    total = distributed.all_reduce_sum(torch.cat([flags, broken[None], *window]).double()).cpu()
+    asked, unsaved, unsaid, unsound = total[:4].tolist()
+    steps = total[4:].view(len(window), -1) / distributed.world_size()
     if unsaved:
         resume.check_written(run)
     if unsaid:
@@ -149,6 +153,13 @@ def _report(run: Run, window: list[Tensor], lr: float, stop: StopRequest, tracke
                     f"{(step - 1) // run.order.steps_per_epoch + 1}); checkpoints are from before. "
                     "A lower optim.lr, or optim.clip_norm=1, may help"
                 )
+    if unsound:
+        found = distributed.everyone(first_broken(run.strategy.tensors(), distributed.world_size()))
+        what = next(filter(None, found), "the state")
+        raise NonFiniteLossError(
+            f"{what} within the steps {run.step - len(window) + 1} to {run.step}, while the losses are finite; "
+            "checkpoints are from before. A lower optim.lr, optim.clip_norm=1 or precision=fp32 may help"
+        )
     losses = dict(zip([*tasks, "total"], steps[:, :-1].mean(0).tolist(), strict=True))
     weights = {name: weight.item() for name, weight in run.module.weighting.weights().items()}
     skipped = 0
@@ -173,10 +184,16 @@ def _evaluate(run: Run, tracker: Tracker, watchdog: Watchdog) -> bool:
         if run.picture_batch is not None:
             tracker.picture(run.step, pictures.sheet(module, run.picture_batch))
         module.train()
+    return _is_best(run, result.metrics)
+
+
+def _is_best(run: Run, metrics: Mapping[str, float]) -> bool:
+    """Whether the model that has ``metrics`` is the best so far; it is then noted."""
     name = run.config.checkpoint.best
-    value = result.metrics[name]
+    value = metrics[name]
     sign = 1 if higher_is_better(name) else -1
-    if math.isnan(value) or (run.best is not None and sign * value <= sign * run.best):
+    sound = all(math.isfinite(metrics[f"loss/{task.name}"]) for task in run.module.tasks)
+    if not sound or not math.isfinite(value) or (run.best is not None and sign * value <= sign * run.best):
         return False
     run.best = value
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -41,6 +42,9 @@ class Strategy(Protocol):
         All strategies write and read one form, whatever the number of ranks: ``model`` is the state dict of the bare
         module, ``optimizer`` what ``optim.named_state`` returns, ``scaler`` the state of a ``torch.amp.GradScaler``.
         """
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of this rank that ``save`` makes its state of, by name, as it lies; nothing is gathered."""
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore what ``save`` of any strategy returned on rank 0; called with the same state on every rank."""

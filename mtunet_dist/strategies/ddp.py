@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -116,6 +117,9 @@ class DDPStrategy:
             "optimizer": optim.named_state(self.optimizer, self.module),
             "scaler": self.scaler.state_dict(),
         }
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return optim.named_tensors(self.optimizer, self.module)
 
     def load(self, state: dict[str, Any]) -> None:
         self.module.load_state_dict(state["model"])

@@ -141,6 +141,27 @@ class DeepSpeedStrategy:
         model = {name: weights.get(name, value) for name, value in self.module.state_dict().items()}
         return {"model": model, "optimizer": state, "scaler": self.scale.state_dict()}
 
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        if self.stage == 0:
+            yield from optim.named_tensors(self.optimizer, self.module)
+            return
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        yield from (x for x in self.module.state_dict().items() if self.stage < 3 or x[0] not in names.values())
+        for parameters, flat in self._partitions():
+            slots = {"weights": flat, **self.optimizer.state.get(flat, {})}
+            if self.stage < 3:
+                whose = f"{names[parameters[0]]} to {names[parameters[-1]]}"
+                yield from ((f"{slot} of {whose}", value) for slot, value in slots.items())
+                continue
+            begin = 0
+            for parameter in parameters:
+                part, own = _share(parameter)  # behind what is its own lies padding that nobody has written
+                mine = slice(begin, begin + own)
+                begin += len(part)
+                yield names[parameter], part[:own]
+                for slot, value in slots.items():
+                    yield f"{slot} of {names[parameter]}", value.flatten()[mine] if value.ndim else value
+
     def load(self, state: dict[str, Any]) -> None:
         optim.check_names(self.module, state["optimizer"])
         if self.stage == 3:
@@ -235,6 +256,12 @@ class DeepSpeedStrategy:
 def _copy(value: Tensor) -> Tensor:
     """On the CPU, in memory of its own: a view of a flat buffer would take the buffer into the checkpoint."""
     return value.detach().to("cpu", copy=True)
+
+
+def _share(parameter: Any) -> tuple[Tensor, int]:
+    """This rank's flat part of a parameter of stage 3, and how many of its first numbers are the parameter's."""
+    size = parameter.ds_tensor.numel()
+    return parameter.ds_tensor, min(max(parameter.ds_numel - distributed.rank() * size, 0), size)
 
 
 def _part(parameter: Any, value: Tensor) -> Tensor:
