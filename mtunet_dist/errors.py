@@ -61,8 +61,10 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def wrapped() -> None:
+        if not faulthandler.is_enabled():
+            faulthandler.enable(2)  # else an end by SIGBUS, as of a failing disk under a map, would be without a word
         try:
-            main()
+            _run(main)
         except MTUNetError as error:
             if os.environ.get("LOCAL_RANK", "0") != "0":
                 time.sleep(PATIENCE_S)
@@ -80,6 +82,16 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             getattr(threading, "_register_atexit", atexit.register)(_end_in_time)
 
     return wrapped
+
+
+def _run(main: Callable[[], None]) -> None:
+    """A file or folder that this user may not read or write is the user's to mend, whoever came upon it."""
+    try:
+        main()
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        raise InputError(f"{os.fsdecode(error.filename)}: {error.strerror}") from None
 
 
 def _end_in_time() -> None:

@@ -36,22 +36,34 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
+def read_bytes(path: Path) -> bytes:
+    """What is in a file that the user gave. InputError names it if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def entries(folder: Path) -> list[Path]:
+    """What is in a folder that the user gave, sorted. InputError names it if it cannot be read."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read: {error.strerror}") from None
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file. InputError names a file that is missing or damaged."""
     try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        return json.loads(read_bytes(path))
     except ValueError as error:
         raise InputError(f"{path}: damaged JSON: {error}") from None
 
 
 def read_yaml(path: Path) -> Any:
-    """The value in a YAML file. InputError names a file that is missing, is not YAML, or has a key twice."""
+    """The value in a YAML file in UTF-8. InputError names one that is missing, is not YAML, or has a key twice."""
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        return yaml.load(read_bytes(path).decode(), _Loader)
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
 

@@ -1,7 +1,8 @@
 """Predict on your own images: ``python -m mtunet_dist.predict RUN_OR_CHECKPOINT IMAGE... --out FOLDER``.
 
-Per image STEM, at its own size: ``STEM.label.png`` (8-bit class indices), ``STEM.depth.png`` (16-bit, in the stored
-units of the training set) and ``STEM.preview.png``. Needs the checkpoint alone, not the dataset.
+Per image STEM, at its own size, upright as its EXIF orientation says: ``STEM.label.png`` (8-bit class indices),
+``STEM.depth.png`` (16-bit, in the stored units of the training set) and ``STEM.preview.png``. Needs the checkpoint
+alone, not the dataset.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from mtunet_dist import distributed, pictures
 from mtunet_dist.data.info import DatasetInfo
 from mtunet_dist.errors import InputError, command
 from mtunet_dist.evaluate import add_run_argument, load_run, load_step
+from mtunet_dist.files import entries, read_bytes
 from mtunet_dist.multitask import Depth, MultiTaskStep, Segmentation
 from mtunet_dist.sources._images import decode, resize
+from mtunet_dist.sources.folder import check_outside
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -68,7 +71,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     """The images among ``paths`` and in the folders among them. InputError if one is neither, or stems collide."""
     images: dict[str, Path] = {}
     for path in paths:
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        found = [p for p in entries(path) if p.suffix.lower() in SUFFIXES] if path.is_dir() else [path]
         for image in found:
             if not image.is_file():
                 raise InputError(f"{image} does not exist")
@@ -78,6 +81,14 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     if not images:
         raise InputError(f"no image ({', '.join(SUFFIXES)}) in {', '.join(map(str, paths))}")
     return list(images.values())
+
+
+def check_out(out: Path, images: Sequence[Path]) -> None:
+    """Refuse (InputError) a folder ``out`` from which later runs would take results for images."""
+    for image in images:
+        if out.resolve() in (image.parent.resolve(), image.resolve().parent):
+            raise InputError(f"--out {out}: {image} lies there, and results would be taken for images; choose another")
+    check_outside(out, "--out")
 
 
 def _resized(x: Tensor, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
@@ -96,13 +107,14 @@ def main() -> None:
     )
     args = parser.parse_args()
     images = find_images(args.images)
+    check_out(args.out, images)
     state, config, file = load_run(args.path, [f"device={args.device}"])
     device = distributed.pick_device(config.device)
     info = DatasetInfo.from_json(json.loads(state["dataset"]))
     step = load_step(state, config, device)
     args.out.mkdir(parents=True, exist_ok=True)
     for path in track(images, description=escape(str(file))):
-        rgb = decode(path.read_bytes(), "rgb", str(path))
+        rgb = decode(read_bytes(path), "rgb", str(path))
         write(args.out, path.stem, rgb, predict(step, info, rgb, device), step)
     print(f"{len(images)} images written to {args.out}")
     for task in step.tasks:

@@ -32,6 +32,7 @@ from mtunet_dist.folder_lock import LOCK, lock_folder
 from mtunet_dist.machine import cpus
 from mtunet_dist.schema import class_problem
 from mtunet_dist.sources._source import Sample, Source
+from mtunet_dist.sources.folder import check_outside
 
 MAX_BAD = 10  # bad samples that end the work, and that are listed
 
@@ -57,10 +58,11 @@ def prepare(
     ``workers`` processes make a shard each at a time; 0 works in this process. The bytes do not depend on it. Where
     ``out`` already holds the dataset nothing is done.
 
-    Raises InputError that names each bad file (the first ten), or what differs when ``out`` holds another dataset, and
-    if another process is writing to ``out``.
+    Raises InputError that names each bad file (the first ten), or what differs when ``out`` holds another dataset, if
+    one of ``root`` and ``out`` lies in the other, and if another process is writing to ``out``.
     """
     console, out = Console(highlight=False), Path(out)
+    _check_apart(Path(root), out)
     given = dict(options) if isinstance(options, Mapping) else options
     typed = plugin_options("source", source, given)
     if stored == "source":
@@ -91,6 +93,16 @@ def prepare(
     for line in warnings(dataset.info):
         console.print(f"warning: {line}", markup=False, soft_wrap=True)
     return dataset
+
+
+def _check_apart(root: Path, out: Path) -> None:
+    """Refuse an ``out`` that would become input of a later run, or that cannot be deleted without its source."""
+    source, target = root.resolve(), out.resolve()
+    if source in (target, *target.parents):
+        raise InputError(f"OUT {out} lies in ROOT {root}, where it would be taken for input; choose a folder outside")
+    if target in source.parents:
+        raise InputError(f"ROOT {root} lies in OUT {out}; choose another folder for OUT")
+    check_outside(out, "OUT")
 
 
 def _is_complete(out: Path, settings: Settings) -> bool:

@@ -19,6 +19,7 @@ from rich.progress import track
 
 from mtunet_dist.errors import InputError, command
 from mtunet_dist.machine import cpus
+from mtunet_dist.sources.folder import check_outside
 from mtunet_dist.synthetic.tree import CITIES, GENERATOR, Settings, scene_files, write_scene
 
 RECORD = "synthetic.json"
@@ -70,6 +71,7 @@ def _claim(out: Path, settings: Settings) -> None:
     wanted, record = {"generator": GENERATOR, **asdict(settings)}, out / RECORD
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is not a folder")
+    check_outside(out, "OUT")
     if record.is_file():
         try:
             found = json.loads(record.read_text())

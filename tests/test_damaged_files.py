@@ -37,7 +37,7 @@ from mtunet_dist.sources.folder import Folder
 
 HEIGHT, WIDTH = 32, 48
 PATIENCE_S = 100  # of the tests with a process; a single file may take 5
-HARMLESS_KINDS = {"interlaced", "progressive", "rotated by EXIF", "trailing garbage"}
+HARMLESS_KINDS = {"interlaced", "progressive", "trailing garbage"}
 ALTERED_KINDS = {"bit flipped", "block zeroed", "block overwritten"}
 Outcomes = dict[str, str]
 Damages = dict[str, tuple[str, Damage]]  # by key: the part that is damaged, and how

@@ -146,18 +146,6 @@ def test_header_that_asks_for_gigabytes_is_named(sample: SampleFiles, check: Cal
         check(sample)
 
 
-def test_exif_orientation_is_ignored(sample: SampleFiles) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown rotated by 90 degrees
-    with Image.open(sample.rgb) as image:
-        image.load()
-        image.save(sample.rgb, "JPEG", exif=exif, quality=100)
-        image.save(sample.rgb.with_name("plain.jpg"), "JPEG", quality=100)
-    with Image.open(sample.rgb) as turned, Image.open(sample.rgb.with_name("plain.jpg")) as plain:
-        assert turned.getexif()[0x0112] == 6
-        np.testing.assert_array_equal(read(sample).rgb, np.asarray(plain))
-
-
 def test_rgb_resize_is_antialiased() -> None:
     stripes = np.zeros((8, 64, 3), dtype=np.uint8)
     stripes[:, ::2] = 255

@@ -228,8 +228,8 @@ def _graph(
     columns = fn.external_source(source=source, num_outputs=count, batch=True, batch_info=True, layout=layouts)
     image, label, depth, depth_scale, position, *draws = columns
     if encoded_rgb:
-        # Stored orientation is the truth (no EXIF rotation). PNGs decode on the CPU only, JPEGs on the GPU where
-        # there is one; its chroma upsampling is told to be the CPU's.
+        # prepare has turned the images upright: none has an EXIF orientation left. PNGs decode on the CPU only, JPEGs
+        # on the GPU where there is one; its chroma upsampling is told to be the CPU's.
         image = fn.decoders.image(
             image,
             device="mixed" if on_gpu else "cpu",

@@ -15,7 +15,7 @@ import numpy as np
 
 from mtunet_dist import plugins
 from mtunet_dist.data.info import DatasetInfo, ShardInfo, SplitInfo, Stored, index_name
-from mtunet_dist.data.shards import Index
+from mtunet_dist.data.shards import Index, Shard
 from mtunet_dist.errors import InputError
 from mtunet_dist.files import read_json
 from mtunet_dist.sources._images import PARTS, decode, resize
@@ -80,7 +80,7 @@ class ShardSplit(Split):
         self.encoded_targets = info.settings.target_format == "png"
         size = (info.height, info.width)
         self._headers = [npy_header(np.empty(size, dtype)) for dtype in (np.uint8, np.uint16)]
-        self._maps: dict[int, np.ndarray] = {}
+        self._maps: dict[int, Shard] = {}
         self._checked = np.zeros(len(self), dtype=bool)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -89,13 +89,17 @@ class ShardSplit(Split):
     def parts(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The encoded RGB, label and depth of sample ``i``: read-only uint8 views into the mapped shard.
 
-        Raises InputError that names shard and key if they are damaged; each sample is checked when it is first read.
+        Raises InputError that names shard and key if they are damaged or gone; a sample's checksums are compared when
+        it is first read.
         """
         number = int(self._shard[i])
-        if number not in self._maps:
-            self._maps[number] = np.memmap(self.root / self.shards[number].file, mode="r").view(np.ndarray)
-        shard = self._maps[number]
-        rgb, label, depth = (shard[offset : offset + size] for offset, size in self._spans[:, i])
+        try:
+            if number not in self._maps:
+                self._maps[number] = Shard(self.root / self.shards[number].file)
+            shard, spans = self._maps[number], self._spans[:, i].tolist()
+            rgb, label, depth = (shard.span(offset, offset + size) for offset, size in spans)
+        except InputError as error:
+            raise InputError(f"sample {self.keys[i]}: {error}") from None
         if not self._checked[i]:
             for part, data, crc in zip(PARTS, (rgb, label, depth), self._crc[i].tolist(), strict=True):
                 if zlib.crc32(data.data) != crc:

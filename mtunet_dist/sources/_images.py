@@ -3,6 +3,8 @@
 PNGs carry checksums, so no damage to their pixels goes unseen. JPEGs carry none: one that was cut short is an error,
 but altered bytes within mostly decode to altered pixels, and libjpeg's warnings, which PIL swallows, would tell only
 of some of them. Nothing here can tell such a source file from a good one. Shards have checksums of their own.
+
+An image means what viewers and labelling tools show of it: it is turned and mirrored as its EXIF orientation says.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from mtunet_dist.errors import InputError
+from mtunet_dist.files import read_bytes
 from mtunet_dist.schema import VOID
 from mtunet_dist.sources._source import RawSample, SampleFiles
 
@@ -37,7 +40,7 @@ _PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.er
 
 
 def decode(data: bytes, part: Part, name: str) -> np.ndarray:
-    """The pixels of an encoded image: uint8 (H, W, 3), uint8 (H, W) or uint16 (H, W), EXIF orientation ignored.
+    """The pixels of an encoded image, upright: uint8 (H, W, 3), uint8 (H, W) or uint16 (H, W).
 
     Raises InputError that starts with ``name`` for another format than ``FORMATS[part]`` and for corrupt data.
     """
@@ -49,9 +52,9 @@ def decode(data: bytes, part: Part, name: str) -> np.ndarray:
         pixels = np.asarray(image).astype(np.uint16 if part == "depth" else np.uint8, copy=False)
         if image.format == "PNG":
             _check_rows(data, pixels)
+        return _upright(pixels, _orientation(image))
     except _PIL_ERRORS as error:
         raise InputError(f"{name}: corrupt image: {error}") from None
-    return pixels
 
 
 def encode(pixels: np.ndarray, file_format: Literal["PNG", "JPEG"], **options: int | str) -> bytes:
@@ -67,7 +70,7 @@ def read_images(sample: SampleFiles, table: np.ndarray, hint: str = "") -> RawSa
     A missing part becomes all VOID or all 0. Raises InputError that names the file, or the sample and its sizes;
     ``hint`` ends the message about a label value that the table does not have.
     """
-    images = {part: decode(_bytes(path), part, str(path)) for part, path in _paths(sample).items()}
+    images = _decoded(sample)
     _check_sizes(sample.key, {part: image.shape[:2] for part, image in images.items()})
     shape = images["rgb"].shape[:2]
     if "label" in images:
@@ -87,6 +90,8 @@ def check_headers(sample: SampleFiles) -> None:
                 sizes[part] = _header(file, part, str(path))
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(set(sizes.values())) > 1:  # a PNG's EXIF orientation may stand anywhere in it
+        sizes = {part: image.shape[:2] for part, image in _decoded(sample).items()}
     _check_sizes(sample.key, sizes)
 
 
@@ -128,15 +133,29 @@ def _paths(sample: SampleFiles) -> dict[Part, Path]:
     return {part: path for part, path in paths.items() if path is not None}
 
 
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+def _decoded(sample: SampleFiles) -> dict[Part, np.ndarray]:
+    return {part: decode(read_bytes(path), part, str(path)) for part, path in _paths(sample).items()}
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 1 is upright, and what a file without one has."""
+    found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return found if found in range(1, 9) else 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """``pixels`` (H, W, ...) as stored -> as shown; from 5 on rows and columns change places."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def _header(file: BinaryIO, part: Part, name: str) -> tuple[int, int]:
-    """(H, W) by the file's header, once it says that the format is right for ``part``."""
+    """(H, W) by the file's header, once it says that the format is right for ``part``; of a JPEG, upright."""
     start = file.read(26)
     if start.startswith(_PNG) and start[12:16] == b"IHDR" and len(start) == 26:
         # PIL reads 16-bit RGB as 8-bit and cannot tell the two apart, so the header is read here.
@@ -146,11 +165,12 @@ def _header(file: BinaryIO, part: Part, name: str) -> tuple[int, int]:
         file.seek(0)
         try:
             image = Image.open(file)
+            turned = _orientation(image) >= 5
         except Image.DecompressionBombError as error:
             raise InputError(f"{name}: {error}") from None
         except _PIL_ERRORS:
             raise InputError(f"{name}: not an image; expected {_expected(part)}") from None
-        width, height = image.size
+        width, height = image.size[::-1] if turned else image.size
         found = f"{'gray' if image.mode == 'L' else image.mode} {image.format}"
     if found not in FORMATS[part]:
         raise InputError(f"{name}: {found}; expected {_expected(part)}")
@@ -189,7 +209,9 @@ def _expected(part: Part) -> str:
 def _check_sizes(key: str, sizes: Mapping[str, tuple[int, ...]]) -> None:
     if len(set(sizes.values())) > 1:
         text = ", ".join(f"{part} {width}x{height}" for part, (height, width) in sizes.items())
-        raise InputError(f"sample {key}: images differ in size (width x height): {text}")
+        sideways = any(size[::-1] in sizes.values() for size in sizes.values() if size[0] != size[1])
+        hint = ", each turned as its EXIF orientation says" if sideways else ""
+        raise InputError(f"sample {key}: images differ in size (width x height): {text}{hint}")
 
 
 def _ranges(values: np.ndarray) -> str:

@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from mtunet_dist.errors import InputError
+from mtunet_dist.files import entries
 from mtunet_dist.schema import ClassInfo, DepthInfo
 
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # what tar headers and WebDataset's "key.part.ext" names can hold
@@ -76,7 +77,7 @@ def list_images(folder: Path, suffixes: Sequence[str] = (".png", ".jpg", ".jpeg"
     if not folder.is_dir():
         raise InputError(f"folder {folder} does not exist")
     images: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
+    for path in entries(folder):
         if path.suffix.lower() in suffixes:
             if path.stem in images:
                 raise InputError(f"{path} and {images[path.stem].name} have the same name: keep one")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mtunet_dist.errors import InputError, closest
-from mtunet_dist.files import read_yaml
+from mtunet_dist.files import entries, read_yaml
 from mtunet_dist.schema import ClassInfo, DepthInfo, class_problem
 from mtunet_dist.sources._images import check_headers, id_table, read_images
 from mtunet_dist.sources._source import KEY, RawSample, SampleFiles, list_images, match
@@ -51,7 +51,7 @@ class Folder:
 
     def splits(self) -> dict[str, list[SampleFiles]]:
         """See ``Source.splits``."""
-        folders = sorted(path for path in self.root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        folders = [path for path in entries(self.root) if path.is_dir() and not path.name.startswith(".")]
         if not folders:
             raise InputError(f"{self.root} has no split folder, such as train with {', '.join(PARTS)} in it")
         for folder in folders:
@@ -75,11 +75,19 @@ class Folder:
         return samples
 
 
+def check_outside(out: Path, what: str) -> None:
+    """InputError if the output folder ``out`` lies in the folder of such a source, which would take it for a split."""
+    for folder in (out.resolve(), *out.resolve().parents):
+        if (folder / DESCRIPTION).is_file():
+            lies = f"lies in the dataset {folder} (it has a {DESCRIPTION}), which would take it for input"
+            raise InputError(f"{what} {out} {lies}; choose a folder outside")
+
+
 def _list(folder: Path) -> dict[str, Path]:
     """The images of a part; none where the folder of an optional part is missing and not just misspelt."""
     if folder.is_dir() or folder.name == "rgb":
         return list_images(folder)
-    others = [path.name for path in folder.parent.iterdir() if path.is_dir() and path.name not in PARTS]
+    others = [path.name for path in entries(folder.parent) if path.is_dir() and path.name not in PARTS]
     hint = closest(folder.name, others)
     if hint:
         raise InputError(f"folder {folder} does not exist.{hint}")

@@ -5,6 +5,7 @@ Much later work trains on them. They hold NYUv2 at 288x384, and Cityscapes at 12
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -52,11 +53,12 @@ class MTAN:
 
     def check(self, sample: SampleFiles) -> None:
         """See ``Source.check``."""
-        _arrays(sample)
+        _arrays(sample, _mapped)
 
     def read(self, sample: SampleFiles) -> RawSample:
         """See ``Source.read``."""
-        image, label, depth = _arrays(sample)
+        # Read, not mapped: a map of a file that is cut short ends the process with SIGBUS, with no word.
+        image, label, depth = _arrays(sample, _loaded)
         return RawSample(
             _rgb(image, f"{sample.rgb}"),
             _classes(label, len(self.classes), f"{sample.label}"),
@@ -78,10 +80,10 @@ def _list(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _arrays(sample: SampleFiles) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image, label and depth, mapped: nothing is read but the headers."""
+def _arrays(sample: SampleFiles, get: Callable[[Path], np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image, label and depth as ``get`` has them, their shapes checked."""
     assert sample.label is not None and sample.depth is not None
-    image, label, depth = (_mapped(path) for path in (sample.rgb, sample.label, sample.depth))
+    image, label, depth = (get(path) for path in (sample.rgb, sample.label, sample.depth))
     if image.ndim != 3 or image.shape[2] != 3:
         raise InputError(f"{sample.rgb}: shape {image.shape}; expected (H, W, 3)")
     height, width = image.shape[:2]
@@ -93,8 +95,17 @@ def _arrays(sample: SampleFiles) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _mapped(path: Path) -> np.ndarray:
+    """Only the header is read."""
+    return _numbers(path, lambda: np.lib.format.open_memmap(path, mode="r"))
+
+
+def _loaded(path: Path) -> np.ndarray:
+    return _numbers(path, lambda: np.load(path, allow_pickle=False))
+
+
+def _numbers(path: Path, read: Callable[[], np.ndarray]) -> np.ndarray:
     try:
-        array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+        array = read()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, EOFError) as error:
