@@ -106,7 +106,9 @@ class CheckpointConfig:
     every_epochs: int = 1
     every_steps: int = 0  # also every so many steps; 0 = off
     keep: int = 2  # newest checkpoints kept, besides best.pt
-    best: str = "miou"  # the metric that best.pt has the best of
+    best: str = "miou"  # the metric that best.pt has the best of; delta_m: over those of ``reference``
+    # Of delta_m: metric -> what single-task networks reach on data.eval, as {miou: 0.24, depth_abs: 0.61}.
+    reference: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class Config:
     batch_size: int = 8  # samples per optimiser step, over all ranks and micro-batches
     eval_batch_size: int = 8  # samples per rank and step of evaluation; also the batch of the legacy depth metrics
     eval_every_epochs: int = 1  # 0 = only after the last epoch
+    eval_last_epochs: int = 0  # also after each of the last so many epochs, to average over them
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
     compile: bool = False  # the network, by torch.compile; the first steps then take minutes
@@ -256,6 +259,7 @@ def _check(config: Config) -> None:
     }
     not_negative = {
         "eval_every_epochs": config.eval_every_epochs,
+        "eval_last_epochs": config.eval_last_epochs,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "log.pictures": config.log.pictures,
         "seed": config.seed,

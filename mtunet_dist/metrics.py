@@ -15,10 +15,12 @@ from torch import Tensor
 
 from mtunet_dist.schema import VOID
 
+DELTA = "delta_m"  # the name of what ``delta_m`` returns, among metrics
+
 
 def higher_is_better(name: str) -> bool:
-    """Whether more of the metric ``name`` (also a ``legacy/`` one) is better: so with shares, not errors and losses."""
-    return name.endswith(("miou", "accuracy", "delta1"))
+    """Whether more of the metric ``name`` (also a ``legacy/`` one) is better: so with shares, delta-m, not errors."""
+    return name.endswith(("miou", "accuracy", "delta1")) or name == DELTA
 
 
 def task_of(name: str) -> str:

@@ -18,6 +18,7 @@ from mtunet_dist.config import Config, config_from_text, flat, save_config
 from mtunet_dist.errors import InputError, MTUNetError
 from mtunet_dist.files import write_json
 from mtunet_dist.folder_lock import TAKEOVER_S, lock_folder
+from mtunet_dist.metrics import DELTA
 from mtunet_dist.place import CONFIG
 from mtunet_dist.run import Run, build
 from mtunet_dist.typed_yaml import to_yaml
@@ -39,6 +40,7 @@ MAY_CHANGE = (
     "epochs",
     "eval_batch_size",
     "eval_every_epochs",
+    "eval_last_epochs",
     "channels_last",
     "compile",
     "compile_mode",
@@ -179,9 +181,11 @@ def _restore(run: Run) -> None:
         run.best = run.best_written = run.best_submitted = state["best"]["value"]
 
 
-def _best_of(config: Config) -> dict[str, str | int]:
+def _best_of(config: Config) -> dict[str, Any]:
     """What the value of the best model is a value of."""
-    return {"metric": config.checkpoint.best, "split": config.data.eval, "batch": config.eval_batch_size}
+    best = config.checkpoint.best
+    of: dict[str, Any] = {"metric": best, "split": config.data.eval, "batch": config.eval_batch_size}
+    return {**of, "reference": config.checkpoint.reference} if best == DELTA else of
 
 
 def _check_same_training(run: Run, state: checkpoint.State) -> None:

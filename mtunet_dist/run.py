@@ -6,20 +6,22 @@ The folder explains itself: config.yaml, environment.json, metrics.jsonl, tensor
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from mtunet_dist import checkpoint, distributed, plugins
-from mtunet_dist.config import Config
+from mtunet_dist.config import CheckpointConfig, Config
 from mtunet_dist.data.loader import Loader, make_augmentation, make_loader
 from mtunet_dist.data.order import EvalOrder, TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.data.splits import Split
 from mtunet_dist.data.torch_loader import TorchLoader
-from mtunet_dist.errors import InputError
+from mtunet_dist.errors import InputError, closest
 from mtunet_dist.evaluate import eval_loader, metric_names
 from mtunet_dist.folder_lock import FolderLock
+from mtunet_dist.metrics import DELTA
 from mtunet_dist.multitask import Batch, MultiTaskStep, build_step, check_model
 from mtunet_dist.strategies._strategy import Strategy
 from mtunet_dist.sync_batchnorm import synchronise
@@ -75,8 +77,9 @@ class Run:
     def evaluation_due(self) -> bool:
         """Whether the step just done, or the one that a run was stopped after, asks for an evaluation."""
         epoch, step_in_epoch = divmod(self.step, self.order.steps_per_epoch)
-        every = self.config.eval_every_epochs
+        every, last = self.config.eval_every_epochs, self.config.eval_last_epochs
         wanted = self.step == self.total_steps or (every > 0 and epoch % every == 0)
+        wanted |= epoch > self.config.epochs - last
         return step_in_epoch == 0 and wanted and self.evaluated < self.step
 
     def close(self) -> None:
@@ -106,9 +109,7 @@ def build(config: Config, device: torch.device) -> Run:
     if config.sync_batchnorm:
         synchronise(step.model, device)
     check_model(step, info.height, info.width)
-    known = metric_names(step.tasks)
-    if config.checkpoint.best not in known:
-        raise InputError(f"checkpoint.best={config.checkpoint.best} is no metric. Available: {', '.join(known)}")
+    _check_best(config.checkpoint, metric_names(step.tasks))
     parameters = sum(p.numel() for p in step.model.parameters())
     if config.compile:
         step.model.compile(mode=config.compile_mode)  # in place, so that no name in a checkpoint changes
@@ -132,3 +133,20 @@ def build(config: Config, device: torch.device) -> Run:
         picture_batch=picture_batch,
         writer=checkpoint.Writer(Path(config.run_dir) / "checkpoints", keep=config.checkpoint.keep),
     )
+
+
+def _check_best(config: CheckpointConfig, known: Sequence[str]) -> None:
+    """Refuse a metric for best.pt that evaluations do not give, and a reference that delta_m cannot use."""
+    if config.best not in (*known, DELTA):
+        raise InputError(f"checkpoint.best={config.best} is no metric. Available: {', '.join([*known, DELTA])}")
+    for name, value in config.reference.items():
+        if name not in known:
+            near = closest(name, known)
+            raise InputError(f"checkpoint.reference: {name} is no metric.{near} Available: {', '.join(known)}")
+        if not value > 0:
+            raise InputError(f"checkpoint.reference.{name}={value} must be > 0, what a single-task network reaches")
+    if config.best == DELTA and not config.reference:
+        raise InputError(
+            "checkpoint.best=delta_m needs what single-task networks reach, such as "
+            "checkpoint.reference={miou: 0.24, depth_abs: 0.61}"
+        )

@@ -21,7 +21,7 @@ from mtunet_dist.config import Config, load_config
 from mtunet_dist.errors import NonFiniteLossError, PreemptedError, command
 from mtunet_dist.evaluate import evaluate
 from mtunet_dist.finite import count_broken, first_broken
-from mtunet_dist.metrics import higher_is_better
+from mtunet_dist.metrics import DELTA, delta_m, higher_is_better
 from mtunet_dist.multitask import Batch, share_valid_counts
 from mtunet_dist.preemption import StopRequest
 from mtunet_dist.run import Run
@@ -179,6 +179,8 @@ def _evaluate(run: Run, tracker: Tracker, watchdog: Watchdog) -> bool:
     with watchdog.evaluation(), run.strategy.whole() as module:
         module.eval()
         result = evaluate(module, run.eval_loader, run.device, on_batch=watchdog.beat)
+        if reference := run.config.checkpoint.reference:
+            result.metrics[DELTA] = delta_m(result.metrics, reference, list(reference))
         run.metrics, run.evaluated = result.metrics, run.step
         tracker.evaluation(run.step, result.metrics, result.class_iou)
         if run.picture_batch is not None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,26 +25,39 @@ from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError, PreemptedError
 from mtunet_dist.metrics import DepthMetric, SegmentationMetric, delta_m
 from mtunet_dist.preemption import StopRequest
-from mtunet_dist.reproduction import experiments, figures, published, table
+from mtunet_dist.reproduction import experiments, figures, streets, table
 from mtunet_dist.reproduction.budgets import BUDGETS
-from mtunet_dist.reproduction.experiments import DATASETS, SYSTEMS, TARGETS, Target
+from mtunet_dist.reproduction.experiments import DATASETS, SYSTEMS, TARGETS, Row, Target
 from mtunet_dist.reproduction.launching import Launcher, run_all
-from mtunet_dist.reproduction.trainings import Setup, Training, plan
+from mtunet_dist.reproduction.trainings import LAST_EPOCHS, Setup, Training, plan
+from mtunet_dist.synthetic.tree import Settings as SyntheticSettings
 
 SHORTER = ["epochs=1", "device=cpu", "eval_batch_size=4"]
 NEVER = f"{sys.executable} -c 1/0 {{config}}"  # a launcher that fails whenever it is used
 MakeSetup = Callable[..., Setup]
 
 
+@pytest.fixture(autouse=True)
+def tiny_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every dataset has the three classes of the tiny data."""
+    for name, dataset in DATASETS.items():
+        monkeypatch.setitem(experiments.DATASETS, name, dataclasses.replace(dataset, classes=3))
+
+
 @pytest.fixture
 def make_setup(three_splits: Path, tmp_path: Path) -> MakeSetup:
     """``make_setup("epochs=1", ..., seeds=2)``: the smoke budget on the tiny data with overrides."""
 
-    def make(*overrides: str, budget: str = "smoke", seeds: int | None = None, validation: bool = False) -> Setup:
+    def make(*overrides: str, budget: str = "smoke", **others: Any) -> Setup:
         roots = dict.fromkeys(DATASETS, str(three_splits))
-        return Setup(tmp_path, budget, BUDGETS[budget], roots, tuple(overrides), seeds, validation)
+        return Setup(tmp_path, budget, BUDGETS[budget], roots, tuple(overrides), **others)
 
     return make
+
+
+def of(*systems: str, dataset: str = "nyuv2", **options: Any) -> Target:
+    """A target of these systems."""
+    return Target("A table", tuple(Row(system, dataset) for system in systems), **options)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -92,11 +106,12 @@ def test_a_moved_out_folder_is_known_by_its_new_place(make_setup: MakeSetup, tmp
 def test_trainings_become_a_table_and_figures_and_are_not_run_again(
     three_splits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = Target("Two systems", "nyuv2", ("st_unet", "mtunet"))
+    small = of("st_unet", "mtunet")
     monkeypatch.setitem(experiments.TARGETS, "table2", small)
     monkeypatch.setitem(experiments.TARGETS, "figure3", small)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     words = ["table2", "figure3", "figure5", "--nyuv2", str(three_splits), "--out", str(tmp_path), *SHORTER]
+    monkeypatch.setitem(experiments.TARGETS, "figure5", of("mtunet"))
     assert run(monkeypatch, *words) == 0, capsys.readouterr()
 
     out = tmp_path / "smoke"
@@ -131,7 +146,7 @@ def test_a_failed_training_is_passed_over_and_said(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    target = Target("Three systems", "nyuv2", ("mtan", "dense", "stan"))
+    target = of("mtan", "dense", "stan")
     monkeypatch.setitem(experiments.TARGETS, "table2", target)
     pretend(plan(target, make_setup(*SHORTER))[1], 0.5, 1.0)
     said = f"{sys.executable} -c \"import sys; print('working'); sys.exit('error: no memory')\" {{config}}"
@@ -181,7 +196,7 @@ def test_a_signal_stops_what_runs_and_starts_no_more(make_setup: MakeSetup, tmp_
 
 
 def test_a_training_stopped_before_its_last_evaluation_is_not_finished(make_setup: MakeSetup) -> None:
-    (training,) = plan(Target("one", "nyuv2", ("mtunet",)), make_setup(*SHORTER))
+    (training,) = plan(of("mtunet"), make_setup(*SHORTER))
     folder, state = training.checkpoint.parent, {"step": training.total_steps, "metrics": {"miou": 0.5}}
     checkpoint.save(folder, {**state, "evaluated": 0}, keep=1, best=False)
     assert training.metrics is None
@@ -191,24 +206,20 @@ def test_a_training_stopped_before_its_last_evaluation_is_not_finished(make_setu
 
 @pytest.mark.slow
 def test_all_systems_have_trainings_that_the_data_fits(make_setup: MakeSetup) -> None:
-    assert {s for target in TARGETS.values() for s in target.systems} == SYSTEMS.keys()
+    assert {row.system for target in TARGETS.values() for row in target.all_rows} == SYSTEMS.keys()
     setup = make_setup()
-    plans = {name: plan(TARGETS[name], setup) for name in ("table2", "table3", "figure4")}
-    assert [t.system for t in plans["table2"]] == list(experiments.COMPARED)
-    assert len(plans["table2"]) == 8
+    plans = {name: plan(target, setup) for name, target in TARGETS.items()}
     # The same training has the same folder, another one another.
     folders: dict[Path, Training] = {}
     for training in (t for trainings in plans.values() for t in trainings):
         assert folders.setdefault(training.dir, training) == training
-    (scheduled,) = [t for t in plans["table3"] if t.system == "mtunet_scheduled"]
+    (scheduled,) = [t for t in plans["ablations"] if t.row.system == "mtunet_scheduled"]
     assert scheduled.config.weighting["end_epoch"] == scheduled.config.epochs
-    assert all(t.config.eval_every_epochs == 0 for t in plans["table2"])
-    assert {(t.config.data.train, t.config.data.eval) for t in plans["figure4"]} == {("train", "val")}
-    assert all(t.config.eval_every_epochs == 1 for t in plans["figure4"])
+    assert all(t.config.eval_every_epochs == 0 for t in folders.values())
 
 
 def test_the_papers_budget_is_full_width_with_several_seeds(make_setup: MakeSetup) -> None:
-    trainings = plan(Target("one", "nyuv2", ("mtunet",)), make_setup(budget="paper"))
+    trainings = plan(of("mtunet"), make_setup(budget="paper"))
     assert [t.seed for t in trainings] == [0, 1, 2]
     config = trainings[0].config
     assert (config.epochs, config.batch_size, config.optim.lr, config.optim.name) == (200, 2, 1e-4, "adam")
@@ -218,7 +229,7 @@ def test_the_papers_budget_is_full_width_with_several_seeds(make_setup: MakeSetu
 def test_torchrun_starts_processes_that_share_batch_and_cores(
     make_setup: MakeSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = Target("one", "nyuv2", ("mtunet",))
+    target = of("mtunet")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for batch, jobs, processes, threads in ((4, 1, 2, "4"), (3, 1, 1, "8"), (4, 2, 1, "4")):
@@ -245,53 +256,128 @@ def test_what_delta_m_compares_is_what_evaluation_gives() -> None:
     known = {*SegmentationMetric(3, "cpu").compute(), *DepthMetric("cpu").compute()}
     assert set(table.COMPARED) <= known
     assert set(table.IN_CSV) - {table.DELTA} == known
-    assert all(p.figures.keys() <= known and p.dataset in DATASETS for p in published.PUBLISHED)
+
+
+def test_delta_m_is_never_taken_between_datasets(make_setup: MakeSetup) -> None:
+    rows = (Row("st_unet", "cityscapes7"), Row("mtunet", "cityscapes7"), Row("mtunet", "cityscapes19"))
+    trainings = plan(Target("A table", rows), make_setup(*SHORTER))
+    for number, training in enumerate(trainings):
+        pretend(training, 0.2 + 0.1 * number, 1.0)
+    deltas = [line.figures["delta_m"][0] for line in table.lines_of(trainings, rows)]
+    assert deltas[:2] == pytest.approx([0.0, 25.0])
+    assert math.isnan(deltas[2])
 
 
 def test_the_table_has_mean_and_deviation_over_seeds(make_setup: MakeSetup, tmp_path: Path) -> None:
-    trainings = plan(Target("two", "nyuv2", ("st_unet", "mtunet")), make_setup(*SHORTER, seeds=3))
+    trainings = plan(of("st_unet", "mtunet"), make_setup(*SHORTER, seeds=3))
     figures_of = {("st_unet", 0): (0.4, 1.0), ("st_unet", 1): (0.4, 2.0), ("mtunet", 0): (0.5, 1.0)}
     figures_of |= {("mtunet", 1): (0.6, 1.0), ("mtunet", 2): (0.7, 1.0)}
     for training in trainings:
-        if (training.system, training.seed) in figures_of:
-            pretend(training, *figures_of[training.system, training.seed])
-    rows = table.rows_of(trainings)
-    text = table.markdown("Title", ["About."], rows, ["a note"])
+        if (training.row.system, training.seed) in figures_of:
+            pretend(training, *figures_of[training.row.system, training.seed])
+    rows = table.lines_of(trainings, ())
+    text = table.markdown("Title", ["About."], [], rows, ["a note"])
     single, multi = [line for line in text.splitlines() if " M | " in line]
     assert "| 2 (1 without result) | 40.00 ± 0.00 |" in single
     # Of seeds 0 and 1, for 2 there is nothing to compare with: (25 + 0) / 2 and (50 + 50) / 2 percent.
     assert "| 3 | 60.00 ± 10.00 | 60.00 ± 10.00 | 1.0000 ± 0.0000 | 1.0000 ± 0.0000 | +31.25 ± 26.52 | - |" in multi
     assert multi.endswith(f"| {3 * trainings[0].total_steps / 60:.1f} |")
     assert text.endswith("\n\n- a note\n")
-    table.write_csv(tmp_path / "table.csv", rows)
+    table.write_csv(tmp_path / "table.csv", "table2", rows)
     line = by_system(tmp_path / "table.csv")[SYSTEMS["mtunet"].title]
     assert float(line["miou_std"]) == pytest.approx(0.1)
     assert line["legacy/miou_mean"] == ""
     assert (line["seeds"], line["kind"]) == ("0 1 2", "ours")
 
 
-def test_published_rows_stand_only_beside_the_same_classes_and_size(dataset: PreparedDataset) -> None:
-    thirteen = dataclasses.replace(dataset.info, classes=dataset.info.classes[:1] * 13)
-    same = dataclasses.replace(thirteen, height=128, width=256)
-    text = table.markdown("Title", [], table.published_rows("nyuv2", same), [])
-    (paper,) = [line for line in text.splitlines() if "the paper" in line]
-    assert "26.54 | 61.39" in paper
-    assert not table.published_rows("nyuv2", thirteen)
-    assert not table.published_rows("nyuv2", dataclasses.replace(same, classes=same.classes[:7]))
-    assert not table.published_rows("cityscapes", same)
+def test_others_figures_stand_only_beside_the_same_size(dataset: PreparedDataset) -> None:
+    same = dataclasses.replace(dataset.info, height=128, width=256)
+    assert [line.title for line in table.published_lines("nyuv2", same)] == ["AdaMT-Net", "XTask"]
+    assert not table.published_lines("nyuv2", dataset.info)
+    assert not table.published_lines("streets7", same)
 
 
-def test_the_chart_of_weights_shows_what_was_recorded(make_setup: MakeSetup, three_splits: Path) -> None:
+def test_the_papers_rows_stand_beside_ours_also_where_streets_stand_in(make_setup: MakeSetup, tmp_path: Path) -> None:
+    target = experiments.target_on("table3", "streets")
+    trainings = plan(target, make_setup(*SHORTER))
+    pretend(trainings[0], 0.5, 1.0)
+    lines = table.lines_of(trainings, target.rows)
+    with_talk, without = table.beside_the_paper("table3", lines)[2:4]
+    assert "synthetic streets" in with_talk and "| 96.86 | 73.19 | 0.0137 | 2.7502 |" in with_talk
+    assert "| 96.71 | 72.30 | 0.0142 | 2.8921 | - | - | - | - |" in without
+    table.write_csv(tmp_path / "table.csv", "table3", lines)
+    assert by_system(tmp_path / "table.csv")["MT-UNet without cross-talk"]["paper_miou"] == "0.723"
+
+
+def test_the_chart_of_schemes_shows_what_was_measured(make_setup: MakeSetup, three_splits: Path) -> None:
     trainings = plan(TARGETS["figure4"], make_setup(*SHORTER))
-    split = PreparedDataset(three_splits).split("val")
+    split = PreparedDataset(three_splits).split("test")
     empty = figures.weights(trainings, split)
     for i, training in enumerate(trainings):
-        pretend(training, 0.1 * i, 1.0 + i, weights=(0.1 + 0.15 * i, 0.5))
+        pretend(training, 0.1 * (i + 1), 1.0 + i, weights=(0.1 + 0.15 * i, 0.5))
     drawn = figures.weights(trainings, split)
     assert drawn.shape == empty.shape
     halves = np.array_split((drawn != empty).any(2), 2)
-    for quarter in (q for half in halves for q in np.array_split(half, 2, axis=1)):
-        assert quarter.sum() > 200  # each of the four charts
+    for part in (p for half in halves for p in np.array_split(half, 3, axis=1)):
+        assert part.sum() > 200  # each of the four charts of metrics, and both halves of the weights
+
+
+def test_mean10_averages_the_last_evaluations(make_setup: MakeSetup) -> None:
+    (training,) = plan(of("mtunet"), make_setup("epochs=12", "device=cpu", protocol="mean10"))
+    assert training.config.eval_last_epochs == LAST_EPOCHS and training.config.eval_every_epochs == 0
+    pretend(training, 0.5, 1.0)
+    assert training.metrics is None  # one evaluation is not ten
+    per_epoch = training.total_steps // 12
+    records = [{"kind": "eval", "step": e * per_epoch, "epoch": float(e), "miou": e / 100} for e in range(1, 13)]
+    (training.dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert training.metrics is not None
+    assert training.metrics["miou"] == pytest.approx(sum(range(3, 13)) / 1000)
+
+
+@pytest.mark.slow
+def test_protocols_best_and_mean10_train_and_measure(
+    three_splits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(experiments.TARGETS, "table2", of("st_unet"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words = ["table2", "--nyuv2", str(three_splits), "--out", str(tmp_path), *SHORTER, "epochs=3"]
+    best = [*words, "--protocol", "best", "checkpoint.best=delta_m", "checkpoint.reference={miou: 0.2, depth_abs: 1}"]
+    assert run(monkeypatch, *best) == 0, capsys.readouterr()
+    folder = tmp_path / "smoke" / "nyuv2-best" / "st_unet" / "seed0"
+    config = load_config(folder / "config.yaml")
+    assert (config.data.train, config.data.eval) == ("train", "val")  # chosen without a look at test
+    measured = json.loads((folder / "best-test.json").read_text())
+    evaluations = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    deltas = {e["step"]: e["delta_m"] for e in evaluations if e["kind"] == "eval"}
+    assert len(deltas) == 3 and measured["step"] == max(deltas, key=lambda step: deltas[step])
+    line = by_system(tmp_path / "smoke" / "table2-best.csv")[SYSTEMS["st_unet"].title]
+    assert float(line["miou_mean"]) == measured["metrics"]["miou"]
+    assert run(monkeypatch, *best, "--launcher", NEVER) == 0
+
+    assert run(monkeypatch, *words, "--protocol", "mean10") == 0, capsys.readouterr()
+    lines = (tmp_path / "smoke" / "nyuv2-mean10" / "st_unet" / "seed0" / "metrics.jsonl").read_text().splitlines()
+    evaluations = [json.loads(line) for line in lines if '"eval"' in line]
+    assert len(evaluations) == 3
+    line = by_system(tmp_path / "smoke" / "table2-mean10.csv")[SYSTEMS["st_unet"].title]
+    assert float(line["depth_abs_mean"]) == pytest.approx(sum(e["depth_abs"] for e in evaluations) / 3)
+
+
+@pytest.mark.slow
+def test_streets_are_made_by_the_command_and_every_text_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.undo()  # streets have their own classes
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(streets, "Settings", lambda: SyntheticSettings(8, 4, 4, 64, 128))
+    rows = (Row("mtunet", "cityscapes7"), Row("mtunet", "cityscapes19"))
+    monkeypatch.setitem(experiments.TARGETS, "table1", Target("Table 1: the systems on Cityscapes", rows))
+    words = ["table1", "--on", "streets", "--streets", str(tmp_path / "data"), "--out", str(tmp_path), *SHORTER]
+    assert run(monkeypatch, *words) == 0, capsys.readouterr()
+    text = (tmp_path / "smoke" / "table1-streets.md").read_text(encoding="utf-8")
+    assert text.startswith("# Table 1: the systems on Cityscapes; synthetic streets instead")
+    assert text.count("These are not Cityscapes") == 2
+    line = next(line for line in text.splitlines() if line.startswith("| MT-UNet | synthetic streets, 19 classes"))
+    assert "94.42 | 34.53 | 0.0141 | 2.8747" in line
 
 
 @pytest.mark.parametrize(
@@ -299,14 +385,17 @@ def test_the_chart_of_weights_shows_what_was_recorded(make_setup: MakeSetup, thr
     [
         (["tabel2"], "unknown table or figure 'tabel2'. Did you mean 'table2'?"),
         (["epochs=1"], "name a table or figure"),
-        (["table1", "--cityscapes", "nowhere"], "mtunet prepare cityscapes PATH/TO/cityscapes"),
-        (["table1", "--validate"], "no validation part of Cityscapes"),
+        (["table1", "--cityscapes7", "nowhere"], "mtunet prepare cityscapes PATH/TO/cityscapes"),
+        (["table1", "--validate"], "--validate: no validation part of Cityscapes"),
+        (["table1", "--protocol", "best"], "--protocol best: no validation part of Cityscapes"),
+        (["table1", "--on", "nyuv2"], "table1 is on cityscapes7 and cityscapes19 in the paper"),
+        (["ablations", "checkpoint.best=delta_m", "model.dropout=2"], "dropout must be in"),
         (["table2", "--launcher", "sbatch --wait train.sbatch"], "must contain {config}"),
         (["table2", "--launcher", "no-such-command {config}"], "there is no command no-such-command"),
         (["table2", "--jobs", "0"], "--jobs=0 must be at least 1"),
         (["table2", "--seeds", "0"], "--seeds=0 must be at least 1"),
         (["table2", "seed=3"], "seed is set by reproduce itself"),
-        (["table2", "optim.lrr=1"], "Did you mean 'lr'?"),
+        (["table2", "optim.lrr=1"], "Did you mean 'optim.lr'?"),
         (["table2", "batch_size=100"], "batch_size"),
     ],
 )
@@ -319,14 +408,14 @@ def test_bad_input_ends_before_anything_is_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    folders = [f"--nyuv2={three_splits}", f"--cityscapes={three_splits}", f"--out={out}"]
+    folders = [f"--{name}={three_splits}" for name in experiments.THE_USERS] + [f"--out={out}"]
     assert run(monkeypatch, *folders, *words) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
 
 
 def test_a_run_with_other_settings_is_not_taken_for_this_one(make_setup: MakeSetup) -> None:
-    target = Target("one", "nyuv2", ("mtunet",))
+    target = of("mtunet")
     plan(target, make_setup(*SHORTER))[0].write_config()
     plan(target, make_setup(*SHORTER, "data.threads=2"))  # changes nothing that is learned
     for word in ("optim.lr=1e-5", "epochs=7"):

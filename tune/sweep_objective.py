@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mtunet_dist.errors import InputError, closest
-from mtunet_dist.metrics import delta_m, higher_is_better
-
-DELTA = "delta_m"
+from mtunet_dist.metrics import DELTA, delta_m, higher_is_better
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The figures, as arrays uint8 (height, width, 3): predictions, loss weights over the epochs, attention masks."""
+"""The figures, as arrays uint8 (height, width, 3): predictions, metrics of weighting schemes, attention masks."""
 
 from __future__ import annotations
 
@@ -23,9 +23,16 @@ from mtunet_dist.reproduction.experiments import SYSTEMS
 from mtunet_dist.reproduction.trainings import Training
 
 SHOWN = 4  # samples
-MASKED = 2  # samples whose masks are shown
+MASKED = 2  # samples of which the masks of all blocks are shown
+LEAST_WIDTH = 200  # pixels of a tile
 CPU = torch.device("cpu")  # a handful of images
-SIZE_INCHES, DPI = (12.0, 8.5), 110
+SIZE_INCHES, DPI = (12.0, 8.0), 110
+METRICS = {
+    "accuracy": "IoU (pixel accuracy)",
+    "miou": "mIoU",
+    "depth_abs": "depth, absolute",
+    "depth_rel": "depth, relative",
+}
 Draw = Callable[[Sequence[Training], Split], np.ndarray]
 Points = dict[float, list[float]]  # epoch -> a value per seed
 
@@ -38,13 +45,13 @@ def qualitative(trainings: Sequence[Training], split: Split) -> np.ndarray:
     for training in trainings:
         step = _load(training)
         each = [step.predict(image[None]) for image in batch["image"]]  # one by one: full width needs memory
-        predicted[training.system] = {name: torch.cat([outputs[name] for outputs in each]) for name in each[0]}
+        predicted[training.row.system] = {name: torch.cat([outputs[name] for outputs in each]) for name in each[0]}
     rows = []
     for i in range(len(batch["image"])):
         for task in step.tasks:
             of_task = {SYSTEMS[system].title: outputs[task.name][i] for system, outputs in predicted.items()}
             image = {"image": batch["image"][i].permute(1, 2, 0).numpy()}
-            rows.append(pictures.row(image | _tiles(task, batch[task.name][i], of_task)))
+            rows.append(pictures.row(_enlarged(image | _tiles(task, batch[task.name][i], of_task))))
     legends = [pictures.class_legend(t, rows[0].shape[1]) for t in step.tasks if isinstance(t, Segmentation)]
     return np.concatenate([*rows, *legends])
 
@@ -65,52 +72,63 @@ def _tiles(task: Task, target: Tensor, outputs: dict[str, Tensor]) -> dict[str, 
 
 @torch.no_grad()
 def attention(trainings: Sequence[Training], split: Split) -> np.ndarray:
-    """For each of some samples and each task, the mask of each decoder block: the mean over channels, each stretched
-    over the range that its caption gives."""
-    step, batch = _load(trainings[0]), _samples(split, MASKED)
-    rows = []
-    for image in batch["image"]:
+    """Samples spread over ``split``: the image and the mask of the first decoder block of each task; then, for some of
+    them, the masks of all blocks. A mask is shown as its mean over channels, stretched over the range in its caption.
+    """
+    step, batch = _load(trainings[0]), _samples(split, SHOWN)
+    first, all_blocks = [], []
+    for number, image in enumerate(batch["image"]):
         masks = step.predict_with_masks(image[None])[1]
+        picture, size = image.permute(1, 2, 0).numpy(), image.shape[-2:]
+        tiles = {"image": picture}
         for task, of_task in masks.items():
-            tiles = {f"image ({task})": image.permute(1, 2, 0).numpy()}
+            tiles |= _mask_tile(f"{task}, block 1", of_task[0][0], size)
+        first.append(pictures.row(_enlarged(tiles)))
+        for task, of_task in masks.items() if number < MASKED else ():
+            tiles = {f"image ({task})": picture}
             for block, mask in enumerate(of_task, start=1):
-                tiles |= _mask_tile(f"block {block}", mask[0], image.shape[-2:])
-            rows.append(pictures.row(tiles))
-    return np.concatenate(rows)
+                tiles |= _mask_tile(f"block {block}", mask[0], size)
+            all_blocks.append(pictures.row(_enlarged(tiles)))
+    return _stacked([*first, *all_blocks])
 
 
 def weights(trainings: Sequence[Training], split: Split) -> np.ndarray:
-    """Loss weights, and the metrics on ``split``, over the epochs of each weighting; means over seeds, with the range
-    from the least to the greatest."""
+    """The metrics on ``split`` of each weighting scheme after training, a dot per seed and a bar at their mean; and the
+    share of depth in the loss weights over the epochs, means over seeds with the range from least to greatest."""
+    systems = list(dict.fromkeys(t.row.system for t in trainings))
     figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
-    (loss_weights, share), (miou, depth) = figure.subplots(2, 2)
-    for number, system in enumerate(dict.fromkeys(t.system for t in trainings)):
-        runs = [t for t in trainings if t.system == system]
-        color, title = f"C{number}", SYSTEMS[system].title
-        by_task = {task: _weights(runs, task) for task in ("segmentation", "depth")}
-        _plot(loss_weights, by_task["segmentation"], color, title)
-        _plot(loss_weights, by_task["depth"], color, None, style="--")
-        _plot(share, _share(by_task["segmentation"], by_task["depth"]), color, title)
-        _plot(miou, _evaluations(runs, "miou"), color, title)
-        _plot(depth, _evaluations(runs, "depth_abs"), color, title)
-    part = "+".join(split.names)
-    unit = "m" if split.info.depth.unit == "metre" else "no unit"
-    loss_weights.set(ylabel="loss weight: segmentation —, depth - -")
-    share.set(ylim=(0, 1), ylabel="segmentation's share of the weights")
-    miou.set(ylabel=f"mIoU on {part}")
-    depth.set(ylabel=f"depth error on {part} ({unit})")
-    for axes in (loss_weights, share, miou, depth):
-        axes.set_xlabel("epochs done")
+    grid = figure.add_gridspec(2, 3, width_ratios=(1, 1, 1.3))
+    for number, (metric, title) in enumerate(METRICS.items()):
+        axes = figure.add_subplot(grid[divmod(number, 2)])
+        for place, system in enumerate(systems):
+            of_runs = [m[metric] for t in trainings if t.row.system == system and (m := t.metrics) is not None]
+            axes.plot([place] * len(of_runs), of_runs, "o", color=f"C{place}", markersize=5)
+            if of_runs:
+                axes.plot([place], [statistics.fmean(of_runs)], "_", color=f"C{place}", markersize=28)
+        axes.set_title(title, fontsize=10)
+        axes.set_xticks(range(len(systems)), [_scheme(system) for system in systems])
+        axes.tick_params(axis="x", labelsize=7)
+        axes.set_xlim(-0.5, len(systems) - 0.5)
         axes.grid(alpha=0.3)
+    share = figure.add_subplot(grid[:, 2])
+    for place, system in enumerate(systems):
+        runs = [t for t in trainings if t.row.system == system]
+        points = _share(_weights(runs, "depth"), _weights(runs, "segmentation"))
+        _plot(share, points, f"C{place}", SYSTEMS[system].title)
+    share.set(ylim=(0, 1), xlabel="epochs done", title="depth's share of the loss weights")
+    share.grid(alpha=0.3)
     share.legend(fontsize=8)
+    unit = "metres" if split.info.depth.unit == "metre" else "the unit of inverse depth"
+    figure.suptitle(f"{'+'.join(split.names)}; depth errors in {unit}", fontsize=10)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def _load(training: Training) -> MultiTaskStep:
-    checkpoint.check(training.checkpoint)
-    return load_step(checkpoint.load(training.checkpoint), training.config, CPU)
+    file = training.dir / "checkpoints" / "best.pt" if training.protocol == "best" else training.checkpoint
+    checkpoint.check(file)
+    return load_step(checkpoint.load(file), training.config, CPU)
 
 
 def _samples(split: Split, most: int) -> Batch:
@@ -118,6 +136,22 @@ def _samples(split: Split, most: int) -> Batch:
     loader = TorchLoader(split, EvalOrder(len(split), batch_size=1), CPU)
     kept = [next(loader.batches(start=i)) for i in split.spread(most)]
     return {key: torch.cat([batch[key] for batch in kept]) for key in kept[0]}
+
+
+def _enlarged(tiles: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Small tiles, pixels repeated, so that their captions fit."""
+    return {name: t.repeat(n := -(-LEAST_WIDTH // t.shape[1]), axis=0).repeat(n, axis=1) for name, t in tiles.items()}
+
+
+def _scheme(system: str) -> str:
+    title = SYSTEMS[system].title.removeprefix("MT-UNet").strip(", ") or "eq. 5"
+    return title.replace(", ", "\n").replace(" (", "\n(")
+
+
+def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of pictures of several widths, one below the other, on white."""
+    width = max(row.shape[1] for row in rows)
+    return np.concatenate([np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0)), constant_values=255) for r in rows])
 
 
 def _mask_tile(name: str, mask: Tensor, size: Sequence[int]) -> dict[str, np.ndarray]:
@@ -137,14 +171,6 @@ def _weights(runs: Sequence[Training], task: str) -> Points:
         for epoch, value in of_run.items():
             if float(epoch).is_integer():
                 points.setdefault(epoch, []).append(value)
-    return points
-
-
-def _evaluations(runs: Sequence[Training], metric: str) -> Points:
-    points: Points = {}
-    for run in runs:
-        for record in run.records("eval", **{metric: float}):
-            points.setdefault(record["epoch"], []).append(record[metric])
     return points
 
 

@@ -149,7 +149,7 @@ def _failure(started: _Started) -> str | None:
     """Why it failed, None if it did not."""
     code = started.process.returncode
     if code == 0:
-        if started.training.metrics is not None:
+        if started.training.trained:
             return None
         return f"the command returned, but the training is not finished ({started.log})"
     with started.log.open("rb") as file:

@@ -6,18 +6,17 @@ import csv
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from mtunet_dist.data.info import DatasetInfo
-from mtunet_dist.metrics import delta_m, higher_is_better
-from mtunet_dist.reproduction.experiments import SYSTEMS
-from mtunet_dist.reproduction.published import PUBLISHED, SIZE
+from mtunet_dist.metrics import DELTA, delta_m, higher_is_better
+from mtunet_dist.reproduction.experiments import DATASETS, STAND_INS, SYSTEMS, Row
+from mtunet_dist.reproduction.published import FIGURES, OTHERS, SIZE, THE_PAPER
 from mtunet_dist.reproduction.trainings import Training
 
-DELTA = "delta_m"
 COMPARED = ("miou", "accuracy", "depth_abs", "depth_rel")  # by delta-m
-COLUMNS = {  # of the Markdown table
+COLUMNS = {  # of the full table
     "miou": "mIoU %",
     "accuracy": "accuracy %",
     "depth_abs": "depth abs",
@@ -29,86 +28,130 @@ COLUMNS = {  # of the Markdown table
     "legacy/depth_rel": "depth rel, legacy",
 }
 IN_CSV = (*COLUMNS, "depth_rmse", "depth_delta1")
+AS_THE_PAPER = {"accuracy": "IoU %", "miou": "mIoU %", "depth_abs": "absolute", "depth_rel": "relative"}
 
 
 @dataclass(frozen=True)
-class Row:
+class Line:
     """A line of the table; ``figures`` holds each metric's value for each seed, shares as fractions."""
 
-    kind: str  # ours, constant or published
+    kind: str  # paper (a row that the paper has too), ours, constant or published
     title: str
+    dataset: str  # of DATASETS
     figures: Mapping[str, Sequence[float]]
+    system: str = ""  # of SYSTEMS
     parameters: int | None = None
     minutes: float | None = None  # of training, mean over seeds
     seeds: Sequence[int] = ()
-    failed: Sequence[int] = field(default=())  # seeds without a result
+    failed: Sequence[int] = ()  # seeds without a result
 
 
-def rows_of(trainings: Sequence[Training]) -> list[Row]:
-    """A row for each system among ``trainings``; delta-m is against the single-task run of the same seed among them."""
-    results_of = {(t.system, t.seed): t.metrics for t in trainings}
-    rows = []
-    for system in dict.fromkeys(t.system for t in trainings):
-        runs = [t for t in trainings if t.system == system]
-        done = {t.seed: metrics for t in runs if (metrics := results_of[system, t.seed]) is not None}
+def lines_of(trainings: Sequence[Training], paper: Sequence[Row]) -> list[Line]:
+    """A line for each row among ``trainings``; those of ``paper`` are of that kind.
+
+    Delta-m is against the single-task run of the same seed on the same dataset, if that is among them.
+    """
+    results_of = {(t.row, t.seed): t.metrics for t in trainings}
+    lines = []
+    for row in dict.fromkeys(t.row for t in trainings):
+        runs = [t for t in trainings if t.row == row]
+        done = {t.seed: metrics for t in runs if (metrics := results_of[row, t.seed]) is not None}
         results = []
         for seed, metrics in done.items():
-            base = results_of.get((SYSTEMS[system].single, seed))
+            base = results_of.get((Row(SYSTEMS[row.system].single, row.dataset), seed))
             results.append({**metrics, DELTA: delta_m(metrics, base, COMPARED) if base else math.nan})
-        rows.append(
-            Row(
-                kind="ours",
-                title=SYSTEMS[system].title,
+        lines.append(
+            Line(
+                kind="paper" if row in paper else "ours",
+                title=SYSTEMS[row.system].title,
+                dataset=row.dataset,
                 figures={name: [r.get(name, math.nan) for r in results] for name in IN_CSV},
+                system=row.system,
                 parameters=runs[0].parameters,
                 minutes=statistics.fmean(t.minutes for t in runs if t.seed in done) if done else None,
                 seeds=tuple(done),
                 failed=tuple(t.seed for t in runs if t.seed not in done),
             )
         )
-    return rows
+    return lines
 
 
-def published_rows(dataset: str, info: DatasetInfo) -> list[Row]:
-    """The published rows on ``dataset`` (of DATASETS) if ``info`` has their number of classes and their size."""
-    fitting = [
-        p for p in PUBLISHED if (p.dataset, p.classes, SIZE) == (dataset, len(info.classes), (info.height, info.width))
+def published_lines(dataset: str, info: DatasetInfo) -> list[Line]:
+    """What others published on ``dataset`` (of DATASETS), if ``info`` has their size."""
+    if (info.height, info.width) != SIZE:
+        return []
+    return [
+        Line("published", p.title, dataset, {name: [value] for name, value in p.figures.items()})
+        for p in OTHERS
+        if p.dataset == dataset
     ]
-    return [Row("published", p.title, {name: [value] for name, value in p.figures.items()}) for p in fitting]
 
 
-def markdown(title: str, about: Sequence[str], rows: Sequence[Row], notes: Sequence[str]) -> str:
-    """The table as a document: title, paragraphs, rows, and notes (what failed) as a list."""
-    headings = ["", "parameters", "seeds", *COLUMNS.values(), "minutes"]
-    lines = [f"# {title}", "", *(f"{text}\n" for text in about)]
-    lines += [_line(headings), _line(["---", *["---:"] * (len(headings) - 1)])]
-    for row in rows:
-        lines.append(
+def beside_the_paper(table: str, lines: Sequence[Line]) -> list[str]:
+    """Markdown: the rows of the paper's ``table``, in its order and columns, the paper's figures and ours; or nothing.
+
+    Ours are of the ``legacy`` family, the averages per image or batch, as in the paper's protocol.
+    """
+    if table not in THE_PAPER:
+        return []
+    columns = list(AS_THE_PAPER.values())
+    headings = ["", "data", *(f"{c}, paper" for c in columns), *(f"{c}, ours" for c in columns)]
+    text = [_line(headings), _line(["---", "---", *["---:"] * (len(headings) - 2)])]
+    of_stand_in = {stand_in: dataset for dataset, stand_in in STAND_INS.items()}
+    for line in (line for line in lines if line.kind == "paper"):
+        theirs = THE_PAPER[table][line.system, of_stand_in.get(line.dataset, line.dataset)]
+        paper = [_cell(name, [theirs[name]]) for name in FIGURES]
+        ours = [_cell(name, line.figures[f"legacy/{name}"]) for name in FIGURES]
+        text.append(_line([line.title, DATASETS[line.dataset].title, *paper, *ours]))
+    return [*text, ""]
+
+
+def markdown(
+    title: str, about: Sequence[str], paper: Sequence[str], lines: Sequence[Line], notes: Sequence[str]
+) -> str:
+    """The table as a document: title, paragraphs, what ``beside_the_paper`` gave, all lines, and notes as a list."""
+    headings = ["", "data", "parameters", "seeds", *COLUMNS.values(), "minutes"]
+    text = [f"# {title}", "", *(f"{paragraph}\n" for paragraph in about)]
+    text += ["## Beside the paper", "", *paper, "## All figures", ""] if paper else []
+    text += [_line(headings), _line(["---", "---", *["---:"] * (len(headings) - 2)])]
+    below = {"ours": "*not in the paper:*", "constant": "*for comparison:*"} if paper else {}
+    for line in sorted(lines, key=lambda line: ("paper", "ours", "constant", "published").index(line.kind)):
+        if line.kind in below:
+            text.append(_line([below.pop(line.kind), *[""] * (len(headings) - 1)]))
+        text.append(
             _line(
                 [
-                    f"published: {row.title}" if row.kind == "published" else row.title,
-                    f"{row.parameters / 1e6:.2f} M" if row.parameters else "",
-                    _seeds(row),
-                    *(_cell(name, row.figures.get(name, ())) for name in COLUMNS),
-                    f"{row.minutes:.1f}" if row.minutes is not None else "",
+                    f"published: {line.title}" if line.kind == "published" else line.title,
+                    DATASETS[line.dataset].title,
+                    f"{line.parameters / 1e6:.2f} M" if line.parameters else "",
+                    _seeds(line),
+                    *(_cell(name, line.figures.get(name, ())) for name in COLUMNS),
+                    f"{line.minutes:.1f}" if line.minutes is not None else "",
                 ]
             )
         )
-    return "\n".join([*lines, *([""] if notes else []), *(f"- {note}" for note in notes)]) + "\n"
+    return "\n".join([*text, *([""] if notes else []), *(f"- {note}" for note in notes)]) + "\n"
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """One line per row; of each metric the mean and the standard deviation, in full, empty where unknown."""
+def write_csv(path: Path, table: str, lines: Sequence[Line]) -> None:
+    """One line per row; of each metric the mean and the standard deviation, in full, and the paper's figures; empty
+    where unknown."""
     temporary = path.with_suffix(".tmp")
+    of_stand_in = {stand_in: dataset for dataset, stand_in in STAND_INS.items()}
     with temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         figures = [f"{name}_{what}" for name in IN_CSV for what in ("mean", "std")]
-        writer.writerow(["kind", "system", "parameters", "seeds", "failed_seeds", *figures, "minutes"])
-        for row in rows:
-            values = [value for name in IN_CSV for value in mean_and_std(row.figures.get(name, ()))]
-            known = ["" if value is None else value for value in (row.parameters, *values, row.minutes)]
-            seeds = [" ".join(map(str, s)) for s in (row.seeds, row.failed)]
-            writer.writerow([row.kind, row.title, known[0], *seeds, *known[1:]])
+        papers = [f"paper_{name}" for name in FIGURES]
+        writer.writerow(
+            ["kind", "system", "dataset", "parameters", "seeds", "failed_seeds", *figures, "minutes", *papers]
+        )
+        for line in lines:
+            theirs = THE_PAPER.get(table, {}).get((line.system, of_stand_in.get(line.dataset, line.dataset)), {})
+            values = [value for name in IN_CSV for value in mean_and_std(line.figures.get(name, ()))]
+            known = ["" if value is None else value for value in (line.parameters, *values, line.minutes)]
+            seeds = [" ".join(map(str, s)) for s in (line.seeds, line.failed)]
+            of_paper = [theirs.get(name, "") for name in FIGURES]
+            writer.writerow([line.kind, line.title, line.dataset, known[0], *seeds, *known[1:], *of_paper])
     temporary.replace(path)
 
 
@@ -129,10 +172,10 @@ def _cell(name: str, values: Sequence[float]) -> str:
     return f"{scale * mean:.{digits}f}" + (f" ± {scale * std:.{digits}f}" if std is not None else "")
 
 
-def _seeds(row: Row) -> str:
-    if row.kind != "ours":
+def _seeds(line: Line) -> str:
+    if line.kind not in ("paper", "ours"):
         return ""
-    return f"{len(row.seeds)}" + (f" ({len(row.failed)} without result)" if row.failed else "")
+    return f"{len(line.seeds)}" + (f" ({len(line.failed)} without result)" if line.failed else "")
 
 
 def _line(cells: Iterable[str]) -> str:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import statistics
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -14,12 +18,20 @@ from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError
 from mtunet_dist.multitask import build_step, check_model
 from mtunet_dist.reproduction.budgets import Budget
-from mtunet_dist.reproduction.experiments import DATASETS, SYSTEMS, Splits, Target
+from mtunet_dist.reproduction.experiments import DATASETS, SYSTEMS, Dataset, Row, Splits, Target
 from mtunet_dist.resume import MAY_CHANGE, changed_settings
 
 OURS = ("run_dir", "seed", "data.root", "data.train", "data.eval", "tasks", "model.name", "weighting.name")
 # What may differ between a finished training and what is asked for now: not these, they change what it measures.
-MAY_DIFFER = set(MAY_CHANGE) - {"data.root", "data.eval", "epochs", "eval_batch_size", "strategy"}
+_MEASURED = {"data.root", "data.eval", "epochs", "eval_batch_size", "eval_last_epochs", "checkpoint", "strategy"}
+MAY_DIFFER = (set(MAY_CHANGE) - _MEASURED) | {"checkpoint.every_epochs", "checkpoint.every_steps", "checkpoint.keep"}
+LAST_EPOCHS = 10  # that the protocol mean10 averages over
+Protocol = Literal["last", "best", "mean10"]
+PROTOCOLS: dict[Protocol, str] = {
+    "last": "the weights after the last epoch",
+    "best": "the best epoch on the validation part, by checkpoint.best",
+    "mean10": f"the mean over the last {LAST_EPOCHS} epochs, as MTAN's successors publish",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,26 +44,40 @@ class Setup:
     roots: dict[str, str]  # of the prepared datasets, by name of DATASETS
     overrides: tuple[str, ...] = ()  # the user's, for every training
     seeds: int | None = None  # instead of the budget's
-    validation: bool = False
+    validation: bool = False  # choose settings: train without the validation part and measure on it
+    protocol: Protocol = "last"
 
-    def splits(self, target: Target) -> Splits:
-        """What ``target`` trains and measures on. InputError if it is to choose settings and its dataset cannot."""
-        dataset = DATASETS[target.dataset]
-        if not (self.validation or target.validation):
+    def seeds_of(self, target: Target, dataset: Dataset) -> int:
+        """The number of trainings of each row of ``target`` on ``dataset``."""
+        return 1 if target.single_seed else self.seeds or self.budget.seeds[dataset.kind]
+
+    def splits(self, dataset: Dataset) -> Splits:
+        """What is trained and measured on while training. InputError if it is to choose and ``dataset`` cannot."""
+        if not (self.validation or self.protocol == "best"):
             return dataset.report
         if dataset.validation is None:
-            raise InputError(f"--validate: no validation part of {dataset.title} is known, only {dataset.report}")
+            asked = "--validate" if self.validation else "--protocol best"
+            raise InputError(
+                f"{asked}: no validation part of {dataset.title} is known; its figures are published on "
+                f"'{dataset.report.test}'"
+            )
         return dataset.validation
+
+    @property
+    def part(self) -> str:
+        """What keeps trainings and tables apart that measure otherwise than by default."""
+        return ("" if self.protocol == "last" else f"-{self.protocol}") + ("-validation" if self.validation else "")
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
     """One training of one system; an ordinary run."""
 
-    system: str  # of SYSTEMS
+    row: Row
     config: Config
     total_steps: int
     parameters: int  # trained numbers in the network
+    protocol: Protocol = "last"
 
     @property
     def dir(self) -> Path:
@@ -70,14 +96,39 @@ class Training:
 
     @property
     def metrics(self) -> dict[str, float] | None:
-        """What it measured after its last step; None if it has not got there, or its checkpoint has not."""
+        """What it measured, by its protocol; None if it has not got there, or its last checkpoint is not there."""
         if not self.checkpoint.is_file():
             return None
+        return {"last": self._after_last_step, "best": self._of_best, "mean10": self._mean_of_last}[self.protocol]()
+
+    @property
+    def trained(self) -> bool:
+        """Whether nothing is left to train; with the protocol "best" the best checkpoint may be left to measure."""
+        return self.checkpoint.is_file() if self.protocol == "best" else self.metrics is not None
+
+    @property
+    def best_file(self) -> Path:
+        """Where ``measuring.measure_best`` writes."""
+        return self.dir / f"best-{DATASETS[self.row.dataset].report.test}.json"
+
+    def _after_last_step(self) -> dict[str, float] | None:
         found = [r for r in self.records("eval") if r["step"] == self.total_steps]
         if not found:  # it was asked to stop before that; or the disk was full, and on_write_error=continue
             saved = checkpoint.load(self.checkpoint)
             return saved["metrics"] if saved["evaluated"] == saved["step"] else None
-        return {key: float("nan") if v is None else v for key, v in found[-1].items()}
+        return _numbers(found[-1])
+
+    def _of_best(self) -> dict[str, float] | None:
+        found = records.read_note(self.best_file).get("metrics")
+        return _numbers(found) if isinstance(found, dict) else None
+
+    def _mean_of_last(self) -> dict[str, float] | None:
+        wanted = min(LAST_EPOCHS, self.config.epochs)
+        by_step = {record["step"]: _numbers(record) for record in self.records("eval")}
+        last = [by_step[step] for step in sorted(by_step)[-wanted:]]
+        if len(last) < wanted or self.total_steps not in by_step:
+            return None
+        return {name: statistics.fmean(metrics.get(name, math.nan) for metrics in last) for name in last[0]}
 
     @property
     def minutes(self) -> float:
@@ -101,61 +152,74 @@ class Training:
 
 
 def plan(target: Target, setup: Setup) -> list[Training]:
-    """The trainings of ``target``, those of one system together.
+    """The trainings of ``target``, those of one row together.
 
     Raises InputError, before anything is written, if the dataset is not there (it says how to make it), a setting is
     wrong, a network does not fit the images, or a run folder holds a run with other settings.
     """
-    splits = setup.splits(target)
-    dataset = _open(target.dataset, setup)
-    for split in (splits.train, splits.test):
-        dataset.split(split)
-    seeds = 1 if target.single_seed else setup.seeds or setup.budget.seeds
+    datasets = {name: _open(name, setup) for name in target.datasets}
     trainings = []
-    for system in target.systems:
-        configs = [_config(system, target, splits, setup, seed) for seed in range(seeds)]
-        parameters = _check_network(configs[0], dataset)
-        for config in configs:
+    for row in target.all_rows:
+        dataset = datasets[row.dataset]
+        made = configs(row, target, setup)
+        parameters = _check_network(made[0], dataset)
+        for config in made:
             samples = len(dataset.split(config.data.train))
             order = TrainOrder(samples, batch_size=config.batch_size, accumulate=config.optim.accumulate)
-            training = Training(system, config, config.epochs * order.steps_per_epoch, parameters)
+            total_steps = config.epochs * order.steps_per_epoch
+            training = Training(row, config, total_steps, parameters, setup.protocol)
             _check_folder(training)
             trainings.append(training)
     return trainings
 
 
-def _open(name: str, setup: Setup) -> PreparedDataset:
-    try:
-        return PreparedDataset(Path(setup.roots[name]))
-    except InputError as error:
-        known = DATASETS[name]
-        raise InputError(
-            f"{known.title}: {error}, such as: {known.prepare} (and name another place by --{name})"
-        ) from None
-
-
-def _config(system: str, target: Target, splits: Splits, setup: Setup, seed: int) -> Config:
+def configs(row: Row, target: Target, setup: Setup) -> list[Config]:
+    """The config of each training of a row of ``target``, one per seed. Raises InputError if a setting is wrong."""
     for word in setup.overrides:
         key = word.partition("=")[0]
         if key in OURS:
             raise InputError(f"{word}: {key} is set by reproduce itself")
-    part = "" if splits == DATASETS[target.dataset].report else "-validation"
-    run_dir = setup.out / setup.budget_name / f"{target.dataset}{part}" / system / f"seed{seed}"
-    wanted = SYSTEMS[system]
+    folder = setup.out / setup.budget_name / f"{row.dataset}{setup.part}" / row.system
+    config = load_config(None, [f"run_dir={folder}", *settings(row, setup)])
+    seeds = range(setup.seeds_of(target, DATASETS[row.dataset]))
+    return [dataclasses.replace(config, run_dir=str(folder / f"seed{seed}"), seed=seed) for seed in seeds]
+
+
+def settings(row: Row, setup: Setup) -> list[str]:
+    """What a row's trainings have in common, as ``key=value`` words: system, dataset, budget, the user's."""
+    dataset, system = DATASETS[row.dataset], SYSTEMS[row.system]
+    splits = setup.splits(dataset)
+    evaluated = {"last": [], "best": ["eval_every_epochs=1"], "mean10": [f"eval_last_epochs={LAST_EPOCHS}"]}
     words = [
-        f"run_dir={run_dir}",
-        f"seed={seed}",
-        f"data.root={setup.roots[target.dataset]}",
+        f"data.root={setup.roots[row.dataset]}",
         f"data.train={splits.train}",
         f"data.eval={splits.test}",
-        f"eval_every_epochs={int(bool(part))}",  # what is reported on is looked at once, after the last epoch
-        *DATASETS[target.dataset].overrides,
+        f"eval_every_epochs={int(setup.validation)}",  # what is reported on is looked at once, after the last epoch
+        *evaluated[setup.protocol],
+        *dataset.overrides,
         *setup.budget.common,
-        *setup.budget.datasets.get(target.dataset, ()),
+        *setup.budget.datasets.get(dataset.kind, ()),
     ]
-    epochs = load_config(None, [*words, *(w for w in setup.overrides if w.startswith("epochs="))]).epochs
-    of_system = [word.replace("{epochs}", str(epochs)) for word in wanted.overrides]
-    return load_config(None, [*words, *of_system, *setup.budget.families[wanted.family], *setup.overrides])
+    epochs = [word for word in (*words, *setup.overrides) if word.startswith("epochs=")][-1].removeprefix("epochs=")
+    of_system = [word.replace("{epochs}", epochs) for word in system.overrides]
+    return [*words, *of_system, *setup.budget.families[system.family], *setup.overrides]
+
+
+def _open(name: str, setup: Setup) -> PreparedDataset:
+    known = DATASETS[name]
+    try:
+        dataset = PreparedDataset(Path(setup.roots[name]))
+    except InputError as error:
+        raise InputError(
+            f"{known.title}: {error}, such as: {known.prepare} (and name another place by --{name})"
+        ) from None
+    classes = len(dataset.info.classes)
+    if classes != known.classes:
+        raise InputError(f"--{name}={setup.roots[name]} has {classes} classes instead of {known.classes}")
+    splits = setup.splits(known)
+    for split in (splits.train, splits.test, known.report.test):
+        dataset.split(split)
+    return dataset
 
 
 def _check_network(config: Config, dataset: PreparedDataset) -> int:
@@ -173,3 +237,9 @@ def _check_folder(training: Training) -> None:
         return
     if changed := changed_settings(load_config(file), training.config, MAY_DIFFER):
         raise InputError(f"{training.dir} holds a run with {', '.join(changed)}; choose another --out, or remove it")
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """The figures among the values of a record, where null is nan."""
+    given = {key: math.nan if value is None else value for key, value in record.items()}
+    return {key: float(value) for key, value in given.items() if isinstance(value, int | float)}

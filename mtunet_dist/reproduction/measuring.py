@@ -1,0 +1,50 @@
+"""Figures that no training writes: of the best checkpoint on the split that is reported on, and of constants."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mtunet_dist import distributed
+from mtunet_dist.baselines import ConstantPredictor
+from mtunet_dist.data.order import EvalOrder
+from mtunet_dist.data.prepared import PreparedDataset
+from mtunet_dist.data.torch_loader import TorchLoader
+from mtunet_dist.evaluate import eval_loader, evaluate, load_run, load_step
+from mtunet_dist.files import write_json
+from mtunet_dist.multitask import make_tasks
+from mtunet_dist.records import read_note
+from mtunet_dist.reproduction.experiments import DATASETS
+from mtunet_dist.reproduction.trainings import Training
+
+CPU = torch.device("cpu")
+
+
+def measure_best(training: Training) -> None:
+    """Evaluate the best checkpoint of a finished training of the protocol "best", once, and keep the result.
+
+    Raises InputError if the run has no checkpoint that can be read.
+    """
+    state, config, _ = load_run(training.dir / "checkpoints" / "best.pt", ())
+    device = distributed.pick_device(config.device)
+    split = PreparedDataset(Path(config.data.root)).split(DATASETS[training.row.dataset].report.test)
+    result = evaluate(load_step(state, config, device), eval_loader(config, split, device), device)
+    write_json(training.best_file, {"step": state["step"], **result.as_dict()}, indent=2)
+
+
+def constant_metrics(training: Training, split_name: str) -> dict[str, float]:
+    """What a network that does not look at the image can reach; kept in a file beside the runs."""
+    config = training.config
+    dataset = PreparedDataset(Path(config.data.root))
+    train, test = dataset.split(config.data.train), dataset.split(split_name)
+    file = training.dir.parent.parent / "constant.json"
+    key = [train.fingerprint, test.fingerprint, config.eval_batch_size]
+    known = read_note(file)
+    if known.get("of") != key or not isinstance(known.get("metrics"), dict):
+        tasks = make_tasks(config.tasks, dataset.info.classes, dataset.info.depth)
+        loader = TorchLoader(test, EvalOrder(len(test), batch_size=config.eval_batch_size), CPU)
+        known = {"of": key, "metrics": evaluate(ConstantPredictor(tasks, train), loader, CPU).as_dict()["metrics"]}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, known)
+    return {name: value for name, value in known["metrics"].items() if value is not None}
