@@ -23,8 +23,9 @@ LAYERS = [
     ["evaluate"],
     ["run"],
     ["resume", "watchdog"],
+    ["train", "predict", "export", "prepare", "summary", "synthesize"],
     ["reproduction"],
-    ["train", "predict", "export", "prepare", "summary", "synthesize", "reproduce"],
+    ["reproduce"],
     ["cli"],
 ]
 ONLY_IN = {
