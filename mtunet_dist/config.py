@@ -41,7 +41,7 @@ PLUGIN_SECTIONS = ("model", "weighting", "strategy")
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random augmentation of training samples, drawn per sample from (seed, epoch, sample). Off as in the paper."""
+    """Random augmentation of training samples, drawn per sample from (seed, epoch, sample). The paper names none."""
 
     flip: bool = False  # horizontally, with probability 1/2
     scales: tuple[float, ...] = (1.0,)  # zoom in by one of these at random, crop back to size; depth follows
@@ -82,7 +82,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimiser and its learning rate; the paper: Adam, 1e-4, constant."""
+    """The optimiser and its learning rate. The paper: Adam, "initial" rate 1e-4; a constant rate is our reading."""
 
     name: Literal["adam", "adamw", "sgd"] = "adam"
     lr: float = 1e-4
