@@ -24,7 +24,8 @@ from mtunet_dist import checkpoint, distributed, resume
 from mtunet_dist.config import Config, load_config
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
-from mtunet_dist.errors import NonFiniteLossError
+from mtunet_dist.errors import InputError, NonFiniteLossError
+from mtunet_dist.metrics import delta_m
 from mtunet_dist.strategies.ddp import DDPStrategy
 from mtunet_dist.train import _optimiser_step, train
 
@@ -64,6 +65,44 @@ def test_learned_loss_weights_change_between_epochs_and_not_within(make_config: 
     assert weights[1] == weights[2] == 0.5
     assert weights[4] == weights[5]
     assert abs(weights[4] - 0.5) > 1e-3
+
+
+def test_the_best_by_delta_m_is_the_one_that_gains_most_over_the_reference(make_config: MakeConfig) -> None:
+    reference = {"miou": 0.2, "depth_abs": 2.0}
+    config = make_config("epochs=4", "checkpoint.best=delta_m", "checkpoint.reference={miou: 0.2, depth_abs: 2.0}")
+    metrics = train(config)
+    evaluations = {r["step"]: r for r in records(config.run_dir, "eval")}
+    gains = {step: delta_m(r, reference, list(reference)) for step, r in evaluations.items()}
+    assert {step: r["delta_m"] for step, r in evaluations.items()} == gains
+    assert metrics["delta_m"] == gains[max(gains)]
+    best = checkpoint.load(Path(config.run_dir) / "checkpoints" / "best.pt")
+    assert best["step"] == max(gains, key=gains.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["checkpoint.best=delta_m"], "checkpoint.best=delta_m needs what single-task networks reach"),
+        (["checkpoint.best=miu"], "checkpoint.best=miu is no metric.*delta_m"),
+        (["checkpoint.reference={miu: 0.2}"], "checkpoint.reference: miu is no metric. Did you mean 'miou'?"),
+        (["checkpoint.reference={miou: 0}"], "checkpoint.reference.miou=0.0 must be > 0"),
+    ],
+)
+def test_a_best_that_cannot_be_told_is_refused(make_config: MakeConfig, words: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        train(make_config(*words))
+
+
+def test_the_last_epochs_are_evaluated_too_and_nothing_else_changes(make_config: MakeConfig, tmp_path: Path) -> None:
+    def run(*words: str) -> tuple[list[float], dict[str, float]]:
+        config = make_config("epochs=5", "eval_every_epochs=0", *words)
+        metrics = train(config)
+        return [r["epoch"] for r in records(config.run_dir, "eval")], metrics
+
+    assert run(f"run_dir={tmp_path / 'one'}")[0] == [5.0]
+    epochs, metrics = run(f"run_dir={tmp_path / 'three'}", "eval_last_epochs=3")
+    assert epochs == [3.0, 4.0, 5.0]
+    assert metrics == run(f"run_dir={tmp_path / 'again'}")[1]
 
 
 def test_checkpoints_last_best_and_pruned(make_config: MakeConfig) -> None:
