@@ -1,22 +1,18 @@
-"""Where the head is, and through which interface and address this node reaches it."""
+"""Where the head is, and whether it is this node."""
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 import time
-from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-import psutil
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
+from mtunet_dist.addresses import Interfaces, interface_of, is_loopback, numbers_of, only_way_out
 from mtunet_dist.errors import InputError
 
 DEFAULT_PORT = 29400  # torchrun's for c10d
-
-Interfaces = Mapping[str, Sequence[str]]  # the addresses of each network interface, by its name
 
 
 @dataclass(frozen=True)
@@ -44,34 +40,21 @@ def resolve(head: str) -> Endpoint:
     if port == 0:
         raise InputError(f"--head={head}: all nodes must know the port; leave it out for {DEFAULT_PORT}")
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return Endpoint(numbers_of(host), port)
     except OSError as error:
         raise InputError(f"--head={head}: {socket.gethostname()} cannot resolve {host}: {error.strerror}") from None
-    return Endpoint(str(found[0][4][0]), port)
-
-
-def interfaces() -> dict[str, list[str]]:
-    """The interfaces of this node that have an IPv4 or IPv6 address, link-local ones left out."""
-    found = {
-        name: [a.address for a in entries if a.family in (socket.AF_INET, socket.AF_INET6) and "%" not in a.address]
-        for name, entries in psutil.net_if_addrs().items()
-    }
-    return {name: addresses for name, addresses in found.items() if addresses}
-
-
-def source_towards(head: Endpoint) -> str:
-    """This node's address on the route to the head; nothing is sent. Raises InputError if there is no route."""
-    with closing(socket.socket(head.family, socket.SOCK_DGRAM)) as probe:
-        try:
-            probe.connect((head.address, head.port))
-        except OSError as error:
-            raise InputError(f"this node has no route to the head, {head.address}: {error.strerror}") from None
-        return str(probe.getsockname()[0])
 
 
 def is_here(head: Endpoint, present: Interfaces) -> bool:
     """Whether the head's address is one of this node's."""
-    return _is_loopback(head.address) or any(head.address in addresses for addresses in present.values())
+    return is_loopback(head.address) or any(head.address in addresses for addresses in present.values())
+
+
+def way_out(text: str, head: Endpoint, present: Interfaces) -> str | None:
+    """On the head, where its own name ``text`` means the loopback, as on Debian: the only interface that leads to other
+    nodes. None where there are several, and on other nodes."""
+    named = head.address not in text
+    return only_way_out(present, head.address) if named and is_loopback(head.address) else None
 
 
 def choose(head: Endpoint, wanted: str | None, present: Interfaces, source: str) -> tuple[str, str]:
@@ -82,12 +65,14 @@ def choose(head: Endpoint, wanted: str | None, present: Interfaces, source: str)
     """
     listed = ", ".join(f"{name} ({' '.join(addresses)})" for name, addresses in present.items())
     if wanted is None:
-        if _is_loopback(source):
+        if is_loopback(source):
             raise InputError(
                 f"the head resolves to {head.address} here, the loopback, which other nodes cannot reach; "
                 f"give --head the address that they see, or --interface. This node has {listed}"
             )
-        return next((name for name, addresses in present.items() if source in addresses)), source
+        interface = interface_of(source, present)
+        assert interface is not None
+        return interface, source
     if wanted not in present:
         raise InputError(f"this node has no interface {wanted} with an address. It has {listed}")
     if source in present[wanted]:
@@ -131,7 +116,3 @@ def wait_for(head: Endpoint, patience_s: float) -> None:
             print(f"waiting for the head at {head}", flush=True)
             waiting = True
         time.sleep(0.5)
-
-
-def _is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address).is_loopback

@@ -11,6 +11,7 @@ import sys
 
 import agent
 import network
+from mtunet_dist.addresses import interfaces, source_towards, use_interface
 from mtunet_dist.config import load_config
 from mtunet_dist.errors import InputError, command
 
@@ -73,17 +74,15 @@ def main() -> None:
     max_restarts = agent.restarts(args.max_restarts, default=0 if nodes[0] == nodes[1] else ELASTIC_RESTARTS)
 
     head = network.resolve(args.head)
-    present = network.interfaces()
-    wanted = args.interface or os.environ.get("GLOO_SOCKET_IFNAME")
-    interface, address = network.choose(head, wanted, present, network.source_towards(head))
+    present = interfaces()
+    wanted = args.interface or os.environ.get("GLOO_SOCKET_IFNAME") or network.way_out(args.head, head, present)
+    interface, address = network.choose(head, wanted, present, source_towards(head.address))
     is_host = network.is_here(head, present)
     node_rank = None
     if args.rdzv == "static":
         node_rank = static_rank(args.node_rank, nodes[1], on_head=is_host)
         is_host = node_rank == 0
-    os.environ["GLOO_SOCKET_IFNAME"] = interface
-    if args.interface or "NCCL_SOCKET_IFNAME" not in os.environ:
-        os.environ["NCCL_SOCKET_IFNAME"] = f"={interface}"  # NCCL takes a bare name for the beginning of one
+    use_interface(interface, force=args.interface is not None)
     if is_host:
         network.check_free(head)
     else:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from mtunet_dist.addresses import use_route_to
 from mtunet_dist.errors import END_S, InputError, MTUNetError
 
 T = TypeVar("T")
@@ -72,8 +73,10 @@ def process_group(device: torch.device, timeout_s: float) -> Iterator[None]:
         return
     # Later than the watchdog, which says more; before the loop, where there is none, this limit is the only one.
     timeout = timedelta(seconds=timeout_s + 60)
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"  # this node, or Ray, whose heads have numbers
+    use_route_to(os.environ["MASTER_ADDR"], alone=alone)
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+    if alone:
         # torchrun's agent keeps its store over a restart, with the addresses of the processes before, and gloo tries to
         # reach them. Agents of several nodes may have counted differently: there, see docs/distributed.md.
         store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

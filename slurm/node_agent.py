@@ -5,8 +5,9 @@ take the time they need for a checkpoint: how long that may be is Slurm's to say
 that failed first, 75 when it stopped on request.
 
 Where ``MTUNET_EXIT_FILE`` is set (to one path for all nodes), 0 takes the place of 75, as ``srun
---kill-on-bad-exit`` would kill the nodes that still write, and node 0 leaves the line ``CODE CHECKPOINT`` in that
-file: its exit code before that, and the name of the run's newest checkpoint or ``none``.
+--kill-on-bad-exit`` would kill the nodes that still write, and node 0 leaves the line ``CODE CHECKPOINT RESTART`` in
+that file: its exit code before that, the name of the run's newest checkpoint or ``none``, and how often Slurm had
+queued the job again: where this node is cut off, the next restart may have begun.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def main() -> None:
         code = end.code if isinstance(end.code, int) else 1
     exit_file = os.environ.get("MTUNET_EXIT_FILE")
     if exit_file and os.environ.get("SLURM_NODEID", "0") == "0":
-        Path(exit_file).write_text(f"{code} {newest_checkpoint(words)}\n", encoding="utf-8")
+        restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+        Path(exit_file).write_text(f"{code} {newest_checkpoint(words)} {restart}\n", encoding="utf-8")
     sys.exit(0 if exit_file and code == PREEMPTED else code)
 
 

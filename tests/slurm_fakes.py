@@ -12,6 +12,10 @@ from pathlib import Path
 
 FAKES = {
     "srun": r"""
+        case "$*" in *own_address.py*)
+            while [ "${1#--}" != "$1" ]; do shift; done
+            exec "$@" ;;
+        esac
         printf '%s\0' "$@" >"$RECORD/srun"
         while [ "${1#--}" != "$1" ]; do shift; done
         for node in $(seq 0 $((SLURM_JOB_NUM_NODES - 1))); do SLURM_NODEID=$node "$@" || code=$?; done
@@ -21,16 +25,25 @@ FAKES = {
         printf '%s\0' "$@" >>"$RECORD/scontrol"
         case "$1 $2" in
             "show hostnames") printf 'n7\nn8\n' ;;
-            "show node") echo "NodeName=$4 Arch=x86_64 NodeAddr=10.0.0.7 NodeHostName=$4 Port=0" ;;
-            "show job") printf '   Comment=StdOut=no\n   StdOut=%s/it'"'"'s 5.log\n' "$RECORD" ;;
+            "show node") echo "NodeName=$4 Arch=x86_64 NodeAddr=10.0.0.8 NodeHostName=$4 Port=0" ;;
+            "show job")
+                printf '   JobState=%s Reason=None\n   Requeue=1 Restarts=%s BatchFlag=1\n' \
+                    "${STATE:-RUNNING}" "${RESTARTS:-${SLURM_RESTART_COUNT:-0}}"
+                printf '   Comment=StdOut=no\n   StdOut=%s/it'"'"'s 5.log\n' "$RECORD" ;;
             requeue*) exit "${NO_REQUEUE:-0}" ;;
         esac
     """,
     "getent": '[ "$2" != "${UNKNOWN_HOST:-}" ]',
     "python": r"""
+        case "$1" in *own_address.py)
+            printf '%s\0' "$@" >"$RECORD/asked"
+            if [ -n "${NO_ROUTE:-}" ]; then exit 2; fi
+            echo "${HEAD:-10.0.0.7}"
+            exit ;;
+        esac
         printf '%s\0' "$@" >"$RECORD/python$SLURM_NODEID"
         printf '%s\0' "$OMP_NUM_THREADS" >"$RECORD/threads"
-        if [ -n "${SAID:-}" ]; then echo "$SAID" >"$MTUNET_EXIT_FILE"; fi
+        if [ -n "${SAID:-}" ]; then echo "$SAID ${OF:-${SLURM_RESTART_COUNT:-0}}" >"$MTUNET_EXIT_FILE"; fi
         exit "${EXIT_CODE:-0}"
     """,
     "sleep": "",

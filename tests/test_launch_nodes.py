@@ -104,10 +104,21 @@ def test_the_head_is_the_node_that_has_its_address(address: str, here: bool) -> 
     assert network.is_here(Endpoint(address, 1), HERE) == here
 
 
-def test_this_machines_own_interfaces_are_found() -> None:
-    present = network.interfaces()
-    assert "127.0.0.1" in present["lo"]
-    assert network.source_towards(Endpoint("127.0.0.1", 1)) == "127.0.0.1"
+@pytest.mark.parametrize(
+    ("text", "head", "present", "way"),
+    [
+        ("n1", "127.0.1.1", {"lo": ["127.0.0.1"], "eth0": ["192.0.2.5"]}, "eth0"),
+        ("n1:29400", "127.0.1.1", {"lo": ["127.0.0.1"], "eth0": ["192.0.2.5"], "eth1": ["2001:db8::5"]}, "eth0"),
+        ("n1", "::1", {"lo": ["127.0.0.1", "::1"], "eth0": ["192.0.2.5"], "eth1": ["2001:db8::5"]}, "eth1"),
+        ("n1", "127.0.1.1", HERE, None),
+        ("n1", "192.0.2.5", {"lo": ["127.0.0.1"], "eth0": ["192.0.2.5"]}, None),
+        ("127.0.0.1", "127.0.0.1", {"lo": ["127.0.0.1"], "eth0": ["192.0.2.5"]}, None),  # to the others too
+    ],
+)
+def test_a_head_whose_own_name_means_the_loopback_takes_its_only_way_out(
+    text: str, head: str, present: dict[str, list[str]], way: str | None
+) -> None:
+    assert network.way_out(text, Endpoint(head, 1), present) == way
 
 
 def test_a_taken_port_is_refused_and_a_head_that_listens_is_found() -> None:

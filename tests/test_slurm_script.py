@@ -15,6 +15,7 @@ from slurm_fakes import Cluster
 
 SCRIPT = Path(__file__).parents[1] / "slurm" / "train.sbatch"
 AGENT = str(SCRIPT.parent / "node_agent.py")
+TWO = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[7-8]"}
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def test_one_node_without_gpus_runs_one_process_with_all_its_cpus(cluster: Clust
     assert result.returncode == 0, result.stderr
     assert cluster.recorded("python0") == [
         *(AGENT, "--node-rank=0", "--nnodes=1", "--nproc-per-node=1"),
-        *("--master-addr=n7", "--master-port=15084", "-m", "mtunet_dist.train", "configs/x.yaml", "epochs=2"),
+        *("--master-addr=127.0.0.1", "--master-port=15084", "-m", "mtunet_dist.train", "configs/x.yaml", "epochs=2"),
     ]
     assert cluster.recorded("srun")[:4] == [
         *("--ntasks=1", "--ntasks-per-node=1", "--cpus-per-task=4", "--kill-on-bad-exit=1"),
@@ -37,8 +38,7 @@ def test_one_node_without_gpus_runs_one_process_with_all_its_cpus(cluster: Clust
 
 
 def test_two_nodes_with_four_gpus_run_an_agent_each_and_a_process_per_gpu(cluster: Cluster) -> None:
-    nodes = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[7-8]"}
-    result = cluster.run("x.yaml", **nodes, SLURM_GPUS_ON_NODE="4", SLURM_CPUS_PER_TASK="32", MTUNET_CPU_PROCS="3")
+    result = cluster.run("x.yaml", **TWO, SLURM_GPUS_ON_NODE="4", SLURM_CPUS_PER_TASK="32", MTUNET_CPU_PROCS="3")
     assert result.returncode == 0, result.stderr
     assert cluster.recorded("scontrol")[-3:] == ["show", "hostnames", "n[7-8]"]
     assert cluster.recorded("srun")[:4] == [
@@ -47,7 +47,7 @@ def test_two_nodes_with_four_gpus_run_an_agent_each_and_a_process_per_gpu(cluste
     for node in ("0", "1"):
         assert cluster.recorded(f"python{node}") == [
             *(AGENT, f"--node-rank={node}", "--nnodes=2", "--nproc-per-node=4"),
-            *("--master-addr=n7", "--master-port=15084", "-m", "mtunet_dist.train", "x.yaml"),
+            *("--master-addr=10.0.0.7", "--master-port=15084", "-m", "mtunet_dist.train", "x.yaml"),
         ]
     assert cluster.recorded("threads") == ["8"]
 
@@ -89,6 +89,24 @@ def test_without_progress_a_job_goes_back_into_the_queue_but_twice(cluster: Clus
     assert "error: stopped on request; three times at the same point, a.pt" in results[-1].stderr
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"STATE": "PENDING"},
+        {"STATE": "COMPLETING", "RESTARTS": "1"},
+        {"RESTARTS": "10", "SLURM_RESTART_COUNT": "9"},
+    ],
+)
+@pytest.mark.parametrize("end", [{"SAID": "75 a.pt"}, {"EXIT_CODE": "1", "LOST": "1"}])
+def test_a_job_that_slurm_has_queued_again_is_left_alone(
+    cluster: Cluster, state: dict[str, str], end: dict[str, str]
+) -> None:
+    """It may run again already: to requeue it would end it there."""
+    result = cluster.run("x.yaml", **TWO, **state, **end)
+    assert "; queued again by Slurm\n" in result.stdout
+    assert "requeue" not in cluster.recorded("scontrol") and "does not requeue" not in result.stderr
+
+
 def test_where_slurm_does_not_requeue_it_says_what_to_do(cluster: Cluster) -> None:
     result = cluster.run("x.yaml", SAID="75 a.pt", NO_REQUEUE="1")
     assert result.returncode == 75
@@ -96,23 +114,37 @@ def test_where_slurm_does_not_requeue_it_says_what_to_do(cluster: Cluster) -> No
 
 
 def test_a_training_that_fails_is_not_queued_again(cluster: Cluster) -> None:
-    two = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[7-8]"}
     assert cluster.run("x.yaml", EXIT_CODE="1").returncode == 1
-    assert cluster.run("x.yaml", **two, EXIT_CODE="1").returncode == 1
+    assert cluster.run("x.yaml", **TWO, EXIT_CODE="1").returncode == 1
     assert (
-        cluster.run("x.yaml", **two, EXIT_CODE="137", SAID="2 none", LOST="1").returncode == 2
+        cluster.run("x.yaml", **TWO, EXIT_CODE="137", SAID="2 none", LOST="1").returncode == 2
     )  # killed for node 0's 2
     assert "requeue" not in cluster.recorded("scontrol")
 
 
 def test_a_training_whose_node_is_lost_goes_back_into_the_queue(cluster: Cluster) -> None:
-    two = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[7-8]"}
-    assert "a node is lost at none; queued again" in cluster.run("x.yaml", **two, EXIT_CODE="1", LOST="1").stdout
+    for said, where in {"1 a.pt": "a.pt", "1 none": "the beginning", "": "the beginning"}.items():
+        result = cluster.run("x.yaml", **TWO, EXIT_CODE="1", LOST="1", SAID=said)
+        assert f"a node is lost at {where}; queued again" in result.stdout
+
+
+@pytest.mark.parametrize("said", ["", "1 none", "1 a.pt"])
+def test_only_a_node_that_is_lost_at_a_point_counts_towards_the_three_times(cluster: Cluster, said: str) -> None:
+    """Without a word of the first node nobody knows how far it was; before the first checkpoint it had no chance."""
+    for _ in range(4):
+        result = cluster.run("x.yaml", **TWO, EXIT_CODE="1", LOST="1", SAID=said)
+    assert cluster.recorded("scontrol").count("requeue") == (2 if "a.pt" in said else 4)
+    assert ("three times at the same point, a.pt" in result.stderr) == ("a.pt" in said)
+
+
+def test_the_word_of_a_restart_before_is_not_taken_for_this_ones(cluster: Cluster) -> None:
+    result = cluster.run("x.yaml", EXIT_CODE="9", SAID="2 a.pt", OF="0", SLURM_RESTART_COUNT="1")
+    assert result.returncode == 9
 
 
 def test_further_nodes_write_logs_of_their_own(cluster: Cluster) -> None:
     cluster.add("python", 'echo "says $SLURM_NODEID"')
-    result = cluster.run("x.yaml", SLURM_JOB_NUM_NODES="2", SLURM_JOB_NODELIST="n[7-8]")
+    result = cluster.run("x.yaml", **TWO)
     assert "says 0" in result.stdout and "says 1" not in result.stdout
     assert (cluster.folder / "it's 5.node1.log").read_text() == "says 1\n"
 
@@ -123,10 +155,18 @@ def test_outside_the_repository_the_script_says_so(cluster: Cluster) -> None:
     assert result.stderr.startswith("error: /tmp is not the repository")
 
 
-def test_a_node_name_that_does_not_resolve_is_replaced_by_the_node_address(cluster: Cluster) -> None:
-    assert cluster.run("x.yaml", UNKNOWN_HOST="n7").returncode == 0
-    assert "--master-addr=10.0.0.7" in cluster.recorded("python0")
-    assert cluster.recorded("scontrol")[-4:] == ["show", "node", "-o", "n7"]
+@pytest.mark.parametrize(("unknown", "other"), [("", "n8"), ("n8", "10.0.0.8")])
+def test_the_nodes_meet_where_the_others_reach_the_first(cluster: Cluster, unknown: str, other: str) -> None:
+    """Its own name may mean the loopback there, so it is asked for its address on the way to another."""
+    assert cluster.run("x.yaml", **TWO, UNKNOWN_HOST=unknown, HEAD="192.0.2.7").returncode == 0
+    assert cluster.recorded("asked") == [str(SCRIPT.parent / "own_address.py"), other]
+    assert "--master-addr=192.0.2.7" in cluster.recorded("python0")
+
+
+def test_a_first_node_without_a_way_to_the_others_is_one_line(cluster: Cluster) -> None:
+    result = cluster.run("x.yaml", **TWO, NO_ROUTE="1")
+    assert (result.returncode, cluster.started_anything) == (2, False)
+    assert result.stderr == "error: n7 has no address towards n8, n8\n"
 
 
 def test_every_job_and_every_requeue_has_a_port_of_its_own(cluster: Cluster) -> None:

@@ -64,10 +64,10 @@ def check_same(sweep: Sweep, before: Sweep) -> None:
         raise InputError(f"trials={sweep.count}, but {sweep.dir} holds a sweep of {before.count}; more are possible")
 
 
-def run(sweep: Sweep, config: Path, address: str | None = None) -> None:
+def run(sweep: Sweep, config: Path, address: str | None = None, nodes: int | None = None) -> None:
     """Run or resume ``sweep`` over the base ``config``, and report. Raises InputError before Ray starts.
 
-    The trials run on this machine, or on those of the Ray at ``address``.
+    The trials run on this machine, or on those of the Ray at ``address``, once ``nodes`` have joined it.
     """
     configs = check_trials(sweep, config)
     if address is None:
@@ -80,7 +80,7 @@ def run(sweep: Sweep, config: Path, address: str | None = None) -> None:
             if not in_time or not left(sweep):
                 break
             try:
-                in_time = run_trials(sweep, base, max(c.epochs for c in configs), address, console)
+                in_time = run_trials(sweep, base, max(c.epochs for c in configs), address, nodes, console)
             except KeyboardInterrupt:
                 print("interrupted; the same command continues", file=sys.stderr, flush=True)
                 raise
@@ -103,13 +103,16 @@ def main() -> None:
     parser.add_argument(
         "--address", metavar="HOST:PORT", help="a Ray that runs already, as slurm/sweep.sbatch starts it"
     )
+    parser.add_argument("--nodes", type=int, metavar="N", help="with --address: begin when that Ray has N nodes")
     parser.add_argument("--report", action="store_true", help="run nothing, write the report of what is there")
     parser.add_argument("sweep", type=Path, metavar="SWEEP", help="a YAML file, as tune/lr.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     args = parser.parse_intermixed_args()
+    if args.nodes is not None and (args.address is None or args.nodes < 1):
+        raise InputError(f"--nodes={args.nodes} must be 1 or more, and is for --address")
     sweep = load_sweep(args.sweep, args.overrides)
     if not args.report:
-        run(sweep, find_config(sweep, args.sweep), args.address)
+        run(sweep, find_config(sweep, args.sweep), args.address, args.nodes)
         return
     if not (sweep.dir / "sweep.yaml").is_file():
         raise InputError(f"{sweep.dir} holds no sweep; run_dir says where it is")

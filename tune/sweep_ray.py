@@ -32,6 +32,7 @@ from ray import tune
 from rich.console import Console
 
 from sweep_live import Progress, WallTime
+from sweep_nodes import wait_for_nodes
 from sweep_schedule import scheduler_of
 from sweep_search import OBJECTIVE, search
 from sweep_trial import OFFERED, make_trainable
@@ -42,16 +43,16 @@ OBJECT_STORE_BYTES = 100_000_000  # nothing of size passes through it
 PATIENCE_S = 120.0  # for the nodes of a cluster to join
 
 
-def run_trials(sweep: Sweep, base: Path, epochs: int, address: str | None, console: Console) -> bool:
+def run_trials(sweep: Sweep, base: Path, epochs: int, address: str | None, nodes: int | None, console: Console) -> bool:
     """Run what is left of the sweep, with trials of at most ``epochs``; False if its time was over before.
 
-    In a Ray of its own, or in the one at ``address``. Raises InputError if that has no room for a trial; ends the
-    command if it cannot be joined.
+    In a Ray of its own, or in the one at ``address``, which ``nodes`` nodes are to join. Raises InputError if that has
+    no room for a trial; ends the command if it cannot be joined, or a node does not join it.
     """
     state = sweep.dir.resolve() / STATE
     shutil.rmtree(state, ignore_errors=True)  # of a command that was killed
     clock = WallTime(sweep.hours)
-    with joined_ray(address, sweep) if address else local_ray(), Progress(sweep, clock, console) as progress:
+    with joined_ray(address, nodes, sweep) if address else local_ray(), Progress(sweep, clock, console) as progress:
         space, search_arguments = search(sweep)
         asked = {"CPU": sweep.cpus_per_worker, "GPU": sweep.gpus_per_worker}
         if sweep.workers_per_trial > 1:
@@ -124,7 +125,7 @@ def local_ray() -> Iterator[None]:
 
 
 @contextmanager
-def joined_ray(address: str, sweep: Sweep) -> Iterator[None]:
+def joined_ray(address: str, nodes: int | None, sweep: Sweep) -> Iterator[None]:
     """The Ray that runs at ``address``, started by others; RAY_AUTH_MODE and RAY_AUTH_TOKEN say what it asks for."""
     host, _, port = address.rpartition(":")
     try:
@@ -136,6 +137,7 @@ def joined_ray(address: str, sweep: Sweep) -> Iterator[None]:
         # Exit code 1, not 2: a job whose Ray has just died is queued again, one with a wrong setting is not.
         sys.exit(f"error: cannot join the Ray at --address {address}; {hint} ({error})")
     with _until_shutdown():
+        wait_for_nodes(address, nodes)
         deadline = time.monotonic() + PATIENCE_S
         while True:
             try:
