@@ -136,6 +136,7 @@ class Config:
     eval_every_epochs: int = 1  # 0 = only after the last epoch
     eval_last_epochs: int = 0  # also after each of the last so many epochs, to average over them
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    tf32: bool = False  # on a GPU: what is computed in fp32 may be rounded to 10 bits on the way, which is faster
     channels_last: bool = True
     compile: bool = False  # the network, by torch.compile; the first steps then take minutes
     # reduce-overhead: CUDA graphs, for small batches that leave a GPU waiting; max-autotune: tries kernels out, slowly

@@ -17,7 +17,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from mtunet_dist.addresses import use_route_to
-from mtunet_dist.errors import END_S, InputError, MTUNetError
+from mtunet_dist.errors import END_S, InputError, MTUNetError, PreemptedError
 
 T = TypeVar("T")
 
@@ -86,8 +86,12 @@ def process_group(device: torch.device, timeout_s: float) -> Iterator[None]:
         dist.init_process_group("nccl", device_id=device, **group)
     else:
         dist.init_process_group("gloo", **group)
-    yield
-    leave()  # not after an error: it would wait for ranks that may be gone, and hide the error
+    try:
+        yield
+    except PreemptedError:  # raised on every rank
+        leave()
+        raise
+    leave()  # not after another error: it would wait for ranks that may be gone, and hide the error
 
 
 def leave(destroy: Callable[[], None] = dist.destroy_process_group) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -31,6 +32,9 @@ def fingerprint() -> dict[str, str]:
         **{name: _version(name) for name in PACKAGES},
         "cpu": _cpu(),
         "gpus": ", ".join(gpus) or "none",
+        "cudnn": str(torch.backends.cudnn.version() or "none"),
+        "nccl": _nccl(),
+        "driver": _driver(),
     }
 
 
@@ -42,6 +46,8 @@ def environment() -> dict[str, Any]:
         "host": platform.node(),
         "cpus": cpus(),
         "world_size": distributed.world_size(),
+        "fp32_convolution": torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        "fp32_matmul": torch.backends.cuda.matmul.fp32_precision,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -49,8 +55,8 @@ def environment() -> dict[str, Any]:
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What differs between two fingerprints, as ``torch 2.12 (now 2.13)``."""
-    keys = sorted(before.keys() | now.keys())
+    """What differs between two fingerprints, as ``torch 2.12 (now 2.13)``, of what both tell."""
+    keys = sorted(before.keys() & now.keys())
     return [f"{k} {before.get(k)} (now {now.get(k)})" for k in keys if before.get(k) != now.get(k)]
 
 
@@ -59,6 +65,23 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "none"
+
+
+def _nccl() -> str:
+    if not torch.distributed.is_nccl_available():
+        return "none"
+    found = torch.cuda.nccl.version()
+    return ".".join(map(str, found))
+
+
+def _driver() -> str:
+    """The version of NVIDIA's kernel module."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "none"
+    found = re.search(r"\d+\.\d+(\.\d+)?", text)
+    return found[0] if found else "none"
 
 
 def _cpu() -> str:

@@ -175,11 +175,22 @@ class MultiTaskStep(nn.Module):
 
 
 def build_step(config: Config, classes: Sequence[ClassInfo], depth: DepthInfo) -> MultiTaskStep:
-    """The untrained MultiTaskStep that ``config`` describes, for a dataset of these classes and this depth."""
+    """The untrained MultiTaskStep that ``config`` describes, for a dataset of these classes and this depth.
+
+    Sets how this process computes in fp32, see ``set_fp32_precision``.
+    """
+    set_fp32_precision(config.tf32)
     tasks = make_tasks(config.tasks, classes, depth)
     model = plugins.build("model", config.model, {task.name: task.channels for task in tasks})
     weighting = plugins.build("weighting", config.weighting, list(config.tasks))
     return MultiTaskStep(model, tasks, weighting, config.precision)
+
+
+def set_fp32_precision(tf32: bool) -> None:
+    """Whether a GPU may use TF32 for convolutions and matrix products in fp32. torch's own defaults differ: yes, no."""
+    kind = "tf32" if tf32 else "ieee"
+    torch.backends.cudnn.conv.fp32_precision = kind  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.fp32_precision = kind
 
 
 def place(step: MultiTaskStep, device: torch.device, channels_last: bool) -> MultiTaskStep:

@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "eval_every_epochs",
     "eval_last_epochs",
     "channels_last",
+    "tf32",
     "compile",
     "compile_mode",
     "device",

@@ -266,7 +266,7 @@ def test_an_error_that_no_sample_explains_is_not_swallowed(
     junk = np.zeros(100, dtype=np.uint8)
     target = np.zeros((32, 48, 1), dtype=np.uint8)
     columns = [junk, target, target.astype(np.uint16)]
-    monkeypatch.setattr(DaliLoader, "_parts", lambda self, samples: [[x] * len(samples) for x in columns])
+    monkeypatch.setattr(DaliLoader, "_parts", lambda self, index, samples: [[x] * len(samples) for x in columns])
     loader = make_loader(config_of("dali", on_error="skip"), split, TrainOrder(12, batch_size=4), CPU)
     with pytest.raises(RuntimeError, match=r"DALI|pipeline"):
         next(loader.batches())

@@ -19,6 +19,7 @@ from mtunet_dist.data.augmentation import Augmentation
 from mtunet_dist.data.batch import Pixels, as_batch, depth_scales, draws_of
 from mtunet_dist.data.broken import BrokenSamples, OnError, stand_ins
 from mtunet_dist.data.order import Order, Plan
+from mtunet_dist.data.sending import send
 from mtunet_dist.data.shared_cache import digest, node_copy
 from mtunet_dist.data.splits import Split
 from mtunet_dist.data.torch_augmentation import augmented
@@ -79,16 +80,15 @@ class CachedLoader:
         shown = torch.from_numpy(stand_ins(plan.samples, self.broken.positions))
         samples = torch.from_numpy(plan.samples)
         pixels = Pixels(*(self._take(x, i) for x, i in zip(self.stored, (shown, samples, samples), strict=True)))
-        scales = torch.from_numpy(depth_scales(plan, draws, self.split.info.depth.scale))
-        scales, samples = (x.to(self.device, non_blocking=True) for x in (scales, samples))
-        return as_batch(*augmented(pixels, draws), scales, samples)
+        scales = depth_scales(plan, draws, self.split.info.depth.scale)
+        return as_batch(*augmented(pixels, draws), send(scales, self.device), send(samples, self.device))
 
     def _take(self, stored: Tensor, index: Tensor) -> Tensor:
         """A copy of the entries ``index`` on the device, by way of pinned memory where that makes the copy async."""
         if stored.device.type == self.device.type:
-            return stored.index_select(0, index.to(self.device, non_blocking=True))
+            return stored.index_select(0, send(index, self.device))
         pinned = torch.empty((len(index), *stored.shape[1:]), dtype=stored.dtype, pin_memory=True)
-        return torch.index_select(stored, 0, index, out=pinned).to(self.device, non_blocking=True)
+        return send(torch.index_select(stored, 0, index, out=pinned), self.device)
 
     def _load(self, what: str, threads: int, *, shared: bool) -> Pixels:
         """The whole split in the memory that the node shares, decoded if need be."""

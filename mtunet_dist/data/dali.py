@@ -8,8 +8,8 @@ Samples left in their source come decoded, by threads of ours: each source conve
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from mtunet_dist.data.augmentation import Augmentation
 from mtunet_dist.data.batch import as_batch, depth_scales, draws_of
 from mtunet_dist.data.broken import BrokenSamples, OnError, stand_ins
 from mtunet_dist.data.order import Order, Plan
+from mtunet_dist.data.sending import Loans
 from mtunet_dist.data.splits import ShardSplit, Split
 from mtunet_dist.errors import InputError
 from mtunet_dist.multitask import Batch
@@ -54,6 +55,7 @@ class DaliLoader:
         self.broken = BrokenSamples(on_error)
         self.failure: InputError | None = None  # met while reading ahead; raised when its batch is due
         self.pool = None if isinstance(split, ShardSplit) else ThreadPoolExecutor(threads)
+        self.ahead: dict[int, list[Future[Parts | InputError]]] = {}  # batches that the pool reads, by their number
         # Whether RGB, and whether the targets, come to the pipeline encoded.
         self.encoded = (True, split.encoded_targets) if isinstance(split, ShardSplit) else (False, False)
 
@@ -68,6 +70,7 @@ class DaliLoader:
             return
         index = start
         iterator = self._iterator(index)
+        loans = Loans() if self.device.type == "cuda" else None
         while True:
             try:
                 (out,) = next(iterator)
@@ -86,8 +89,14 @@ class DaliLoader:
                 continue
             if self.broken.positions:
                 self.broken.count(self.order.plan(index).samples)
-            image, label, depth, depth_scale, sample = (out[name] for name in OUTPUTS)
-            yield as_batch(image, label.squeeze(3), depth.squeeze(3), depth_scale, sample)
+            outputs = [out.pop(name) for name in OUTPUTS]
+            image, label, depth, depth_scale, sample = outputs
+            if loans is not None:  # they are views of DALI's memory, and training is steps behind
+                image, label, sample = (x.clone() for x in (image, label, sample))
+            batch = as_batch(image, label.squeeze(3), depth.squeeze(3), depth_scale, sample)
+            if loans is not None:
+                loans.keep(*outputs)
+            yield batch
             index += 1
 
     def _search_alone(self, samples: np.ndarray) -> bool:
@@ -118,6 +127,7 @@ class DaliLoader:
 
     def _iterator(self, start: int) -> Any:
         augmentation, info = self.augmentation, self.split.info
+        self.ahead.clear()
         on_gpu = self.device.type == "cuda"
         pipeline = pipeline_def(_graph)(
             self._source(start),
@@ -148,7 +158,7 @@ class DaliLoader:
             plan = self.order.plan(index)
             draws = draws_of(plan, augmentation)
             try:
-                columns = self._parts(plan.samples)
+                columns = self._parts(index, plan.samples)
             except InputError as error:
                 self.failure = error
                 raise StopIteration from None
@@ -163,11 +173,12 @@ class DaliLoader:
 
         return batch
 
-    def _parts(self, samples: np.ndarray) -> list[list[np.ndarray]]:
-        """Images, labels and depths of ``samples``, encoded or not, with stand-ins for those known to be broken."""
-        good = [i for i in samples.tolist() if i not in self.broken.positions]
+    def _parts(self, index: int, samples: np.ndarray) -> list[list[np.ndarray]]:
+        """Images, labels and depths of batch ``index``, encoded or not, with stand-ins for those known to be broken."""
         parts = {}
-        for i, found in zip(good, (self.pool.map if self.pool else map)(self._read, good), strict=True):
+        for i, found in zip(samples.tolist(), self._reads(index, samples), strict=True):
+            if i in self.broken.positions:
+                continue
             if isinstance(found, InputError):
                 self.broken.add(i, str(found))
             else:
@@ -180,6 +191,21 @@ class DaliLoader:
                 black, void, no_depth = _blank(self.split.info.height, self.split.info.width, *self.encoded)
                 rows.append((black if shown == i else parts[shown][0], void, no_depth))
         return [list(column) for column in zip(*rows, strict=True)]
+
+    def _reads(self, index: int, samples: np.ndarray) -> Iterable[Parts | InputError]:
+        """``_read`` of each of the ``samples`` of batch ``index``.
+
+        DALI asks for it on the thread that trains. A pool has then read it already: it is batches ahead.
+        """
+        if self.pool is None:
+            return map(self._read, samples.tolist())
+        last = index + self.prefetch
+        if self.order.batches is not None:
+            last = min(last, self.order.batches - 1)
+        for number in range(index, last + 1):
+            if number not in self.ahead:
+                self.ahead[number] = [self.pool.submit(self._read, i) for i in self.order.plan(number).samples.tolist()]
+        return [future.result() for future in self.ahead.pop(index)]
 
     def _read(self, i: int) -> Parts | InputError:
         """RGB, label and depth of sample ``i`` as the pipeline takes them; the error of a damaged one."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mtunet_dist.data.augmentation import Draw
 from mtunet_dist.data.batch import Pixels
+from mtunet_dist.data.sending import send
 
 
 def augmented(pixels: Pixels, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,7 +33,7 @@ def augmented(pixels: Pixels, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Te
         image = image.float()
     zoomed = [n for n, draw in enumerate(draws) if (draw.height, draw.width) != (height, width)]
     if zoomed:
-        where = _to(np.array(zoomed), label)
+        where = send(np.array(zoomed), label.device)
         maps = _Maps([draws[n] for n in zoomed], height, width)
         zoomed_image = maps.linear(image.index_select(0, where))
         image.index_copy_(0, where, zoomed_image if colors else _rounded(zoomed_image))
@@ -40,7 +41,7 @@ def augmented(pixels: Pixels, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Te
         depth.index_copy_(0, where, maps.nearest(depth.index_select(0, where)))
     flipped = sorted({n for n, draw in enumerate(draws) if draw.flip}.difference(zoomed))  # zooming flips too
     if flipped:
-        where = _to(np.array(flipped), label)
+        where = send(np.array(flipped), label.device)
         for x in (image, label, depth):
             x.index_copy_(0, where, x.index_select(0, where).flip(2))
     if colors:
@@ -64,9 +65,9 @@ class _Maps:
         """(n, H, W, 3) -> float32 (n, H, W, 3)."""
         shape, x = x.shape, x.flatten(2)  # several times faster than a last axis of 3
         low, high = (_rows(x, index).float() for index in (self.rows.low, self.rows.high))
-        x = torch.lerp(low, high, _to(self.rows.weight, x)[:, :, None])
+        x = torch.lerp(low, high, send(self.rows.weight, x.device)[:, :, None])
         low, high = (_columns(x, _per_channel(index)) for index in (self.columns.low, self.columns.high))
-        return torch.lerp(low, high, _to(self.columns.weight.repeat(3, axis=1), x)[:, None]).view(shape)
+        return torch.lerp(low, high, send(self.columns.weight.repeat(3, axis=1), x.device)[:, None]).view(shape)
 
 
 class _Axis:
@@ -91,12 +92,12 @@ class _Axis:
 def _rows(x: Tensor, index: np.ndarray) -> Tensor:
     """Rows ``index`` (n, H) of x (n, H, W)."""
     first = np.arange(len(x))[:, None] * x.shape[1]
-    return x.flatten(0, 1).index_select(0, _to((first + index).ravel(), x)).view(x.shape)
+    return x.flatten(0, 1).index_select(0, send((first + index).ravel(), x.device)).view(x.shape)
 
 
 def _columns(x: Tensor, index: np.ndarray) -> Tensor:
     """Columns ``index`` (n, W) of x (n, H, W)."""
-    return x.gather(2, _to(index, x)[:, None].expand(x.shape))
+    return x.gather(2, send(index, x.device)[:, None].expand(x.shape))
 
 
 def _per_channel(columns: np.ndarray) -> np.ndarray:
@@ -106,14 +107,10 @@ def _per_channel(columns: np.ndarray) -> np.ndarray:
 
 def _recolored(image: Tensor, draws: Sequence[Draw]) -> Tensor:
     """The colour map of each draw applied to float32 (N, H, W, 3)."""
-    maps = _to(np.array([draw.color for draw in draws], dtype=np.float32), image).view(-1, 3, 4)
+    maps = send(np.array([draw.color for draw in draws], dtype=np.float32), image.device).view(-1, 3, 4)
     matrix, offset = maps[:, :, :3], maps[:, None, :, 3]
     return torch.baddbmm(offset, image.flatten(1, 2), matrix.mT).view(image.shape)
 
 
 def _rounded(image: Tensor) -> Tensor:
     return image.round_().clamp_(0, 255).to(torch.uint8)
-
-
-def _to(x: np.ndarray, like: Tensor) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(x)).to(like.device, non_blocking=True)

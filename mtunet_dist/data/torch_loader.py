@@ -19,6 +19,7 @@ from mtunet_dist.data.augmentation import Augmentation
 from mtunet_dist.data.batch import Pixels, as_batch, depth_scales, draws_of
 from mtunet_dist.data.broken import BrokenSamples, OnError, stand_ins
 from mtunet_dist.data.order import Order, Plan
+from mtunet_dist.data.sending import send
 from mtunet_dist.data.splits import Split
 from mtunet_dist.data.torch_augmentation import augmented
 from mtunet_dist.errors import InputError
@@ -75,7 +76,7 @@ class TorchLoader:
                 self.broken.add(position, reason)
             if broken:
                 self.broken.count(self.order.plan(index).samples)
-            yield as_batch(*(x.to(self.device, non_blocking=True) for x in tensors))
+            yield as_batch(*(send(x, self.device) for x in tensors))
 
 
 class _DecodedBatches(Dataset[Item]):

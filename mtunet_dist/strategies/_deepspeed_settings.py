@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mtunet_dist.config import Config
 from mtunet_dist.errors import InputError
 from mtunet_dist.place import shown
@@ -13,6 +15,7 @@ from mtunet_dist.typed_yaml import leaves
 
 Settings = dict[str, Any]
 STAGES = (0, 1, 2, 3)
+BUCKET = 25_000_000  # numbers, 100 MB in float32; MT-UNet at full width has 70 million
 
 
 def settings(config: Config, world_size: int, *, stage: int, offload_optimizer: bool, config_file: str) -> Settings:
@@ -30,6 +33,8 @@ def settings(config: Config, world_size: int, *, stage: int, offload_optimizer: 
         raise InputError("compile=true leaves nothing to compile under strategy.stage=3; choose stage 0, 1 or 2")
     ours = _of_config(config, world_size, stage, offload_optimizer)
     result: Settings = {}
+    for key, value in _defaults(stage).items():
+        _put(result, key, value)
     for key, (value, _) in ours.items():
         _put(result, key, value)
     if config_file:
@@ -38,6 +43,15 @@ def settings(config: Config, world_size: int, *, stage: int, offload_optimizer: 
                 _check(config_file, key, value, ours)
                 _put(result, key, value)
     return result
+
+
+def _defaults(stage: int) -> Settings:
+    """What a user's file may change. DeepSpeed's own buckets hold more than the whole network, so that its reduction
+    would begin when the backward pass is over."""
+    if stage not in (1, 2):
+        return {}
+    sizes = {f"zero_optimization.{name}_bucket_size": BUCKET for name in ("reduce", "allgather")}
+    return {**sizes, "zero_optimization.overlap_comm": torch.cuda.is_available()}
 
 
 def _of_config(config: Config, world_size: int, stage: int, offload_optimizer: bool) -> dict[str, tuple[Any, str]]:
