@@ -20,7 +20,7 @@ from typing import Any, Literal
 from mtunet_dist import plugins
 from mtunet_dist.errors import InputError, closest
 from mtunet_dist.files import write_text
-from mtunet_dist.place import own_folder
+from mtunet_dist.place import own_run_dir
 from mtunet_dist.typed_yaml import (
     MISSING,
     all_keys,
@@ -153,9 +153,9 @@ class Config:
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Defaults, then the YAML file at ``path``, then ``key=value`` overrides; plugin options filled in.
 
-    The config.yaml of a run folder means the folder that it lies in, wherever that was when it was written; a
-    ``run_dir`` among the overrides wins. Raises InputError that names the key, the value and, for a misspelt key, the
-    likely one.
+    The config.yaml of a run folder means the folder that it lies in, wherever that was when it was written, and a
+    sweep's best.yaml one beside it; a ``run_dir`` among the overrides wins. Raises InputError that names the key, the
+    value and, for a misspelt key, the likely one.
     """
     return _load(
         [_placed(read_yaml(Path(path), Config, _schema_of), Path(path))] if path is not None else [], overrides
@@ -163,8 +163,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
 
 def _placed(layer: Any, path: Path) -> Any:
-    """``layer``, read from ``path``, with the run folder that ``path`` lies in, if it is a run folder's own."""
-    folder = own_folder(path)
+    """``layer``, read from ``path``, with the run folder that ``path`` means by where it lies, if it does."""
+    folder = own_run_dir(path)
     if folder is not None:
         written = content(layer).get("run_dir")
         if not isinstance(written, str) or Path(written).resolve() != folder.resolve():

@@ -7,6 +7,8 @@ from pathlib import Path
 
 CONFIG = "config.yaml"  # of a run folder
 SIGNS = ("environment.json", "lock", "checkpoints/step_*.pt", "checkpoints/best.pt")  # any of them makes it one
+SWEEP, BEST = "sweep.yaml", "best.yaml"  # of the folder of a sweep: what it is, and its best trial's config
+SWEEP_SIGNS = ("lock", "trials/*/trial.json")
 
 
 def own_folder(file: Path, name: str = CONFIG, signs: Sequence[str] = SIGNS) -> Path | None:
@@ -18,6 +20,15 @@ def own_folder(file: Path, name: str = CONFIG, signs: Sequence[str] = SIGNS) -> 
         if place.name == name and any(any(place.parent.glob(sign)) for sign in signs):
             return place.parent
     return None
+
+
+def own_run_dir(config: Path) -> Path | None:
+    """The run folder that a config means by where it lies: a run folder's own, or ``best`` beside a sweep's best.yaml.
+
+    None for a config that names its run folder.
+    """
+    sweep = own_folder(config, BEST, SWEEP_SIGNS)
+    return own_folder(config) if sweep is None else sweep / Path(BEST).stem
 
 
 def shown(folder: Path) -> str:

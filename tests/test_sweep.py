@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
-import os
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
+from sweeping import command, logs_of, read_csv, run_sweep, write_sweep
 from training import records, wait_until
 
 from mtunet_dist import checkpoint
@@ -32,22 +30,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 @pytest.fixture
 def sweep_file(tmp_path: Path, overrides: list[str]) -> Path:
-    """A sweep over the tiny dataset; the base config lies beside it."""
-    base = [word for word in overrides if not word.startswith("run_dir=")]
-    (tmp_path / "base.yaml").write_text("optim: {name: sgd}\n", encoding="utf-8")
-    sweep = {
-        "name": "tiny",
-        "run_dir": str(tmp_path / "sweep"),
-        "config": "base.yaml",
-        "overrides": base,
-        "space": {"optim.lr": {"choice": [1e-3, 1e30, 1e-2]}},
-        "objective": {"metrics": ["depth_abs"]},
-        "searcher": "grid",
-        "max_concurrent": 1,
-    }
-    file = tmp_path / "sweep.yaml"
-    file.write_text(yaml.safe_dump(sweep), encoding="utf-8")
-    return file
+    return write_sweep(tmp_path, overrides)
 
 
 def check(file: Path, *words: str) -> Sweep:
@@ -143,24 +126,6 @@ def test_the_ready_sweeps_are_sweeps(name: str, prepared: Path) -> None:
     file = REPOSITORY / "tune" / f"{name}.yaml"
     sweep = load_sweep(file)
     check(file, f"overrides={[*sweep.overrides, f'data.root={prepared}', 'batch_size=4']}")
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def command(file: Path, *words: str) -> list[str]:
-    return [sys.executable, str(REPOSITORY / "tune" / "sweep.py"), str(file), *words]
-
-
-def run_sweep(file: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, **environment}
-    return subprocess.run(command(file, *words), capture_output=True, text=True, timeout=300, env=env)
-
-
-def logs_of(folder: Path) -> dict[str, str]:
-    return {path.parent.name: path.read_text(encoding="utf-8") for path in folder.glob("trials/*/log.txt")}
 
 
 def disturb_after(line: str, file: Path, disturb: Callable[[psutil.Process], None]) -> tuple[int, list[str]]:

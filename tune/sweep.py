@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,14 +18,15 @@ import torch
 import yaml
 from rich.console import Console
 
-from mtunet_dist.errors import InputError, MTUNetError, command
-from mtunet_dist.files import write_text
+from mtunet_dist.errors import InputError, command
+from mtunet_dist.files import write_atomically, write_text
 from mtunet_dist.folder_lock import lock_folder
 from mtunet_dist.machine import cpus
+from mtunet_dist.place import SWEEP
 from mtunet_dist.typed_yaml import to_yaml
-from sweep_config import Sweep, check_trials, find_config, load_sweep
-from sweep_folder import read_trials
-from sweep_ray import check_room, run_trials
+from sweep_config import BASE, Sweep, check_trials, find_config, load_sweep
+from sweep_folder import read_trials, try_again
+from sweep_ray import check_room, end_for_now, machine_named, run_trials
 from sweep_report import report
 
 # When a sweep resumes; config's content may not.
@@ -42,14 +42,14 @@ def opened(sweep: Sweep, config: Path) -> Iterator[Path]:
 
     Raises InputError if another command works in it, or it holds another sweep.
     """
-    base, file = sweep.dir / "base.yaml", sweep.dir / "sweep.yaml"
+    base, file = sweep.dir / BASE, sweep.dir / SWEEP
     with lock_folder(sweep.dir, f"another sweep is running in {sweep.dir}", key="run_dir="):
         if file.is_file():
             check_same(sweep, load_sweep(file))
             if yaml.safe_load(base.read_text(encoding="utf-8")) != yaml.safe_load(config.read_text(encoding="utf-8")):
                 raise InputError(f"{sweep.dir} holds a sweep over another {config}; choose another run_dir")
         else:
-            shutil.copyfile(config, base)
+            write_atomically(base, lambda copy: copy.write(config.read_bytes()))
         write_text(file, to_yaml(sweep))
         yield base
 
@@ -75,6 +75,8 @@ def run(sweep: Sweep, config: Path, address: str | None = None, nodes: int | Non
     console = Console()
     with opened(sweep, config) as base:
         console.print(f"{sweep.name}: {sweep.count} trials; sweep folder {sweep.dir}", markup=False, highlight=False)
+        if again := try_again(sweep.dir):
+            console.print(f"failed before, tried again: {', '.join(again)}", markup=False, highlight=False)
         in_time = True
         for _ in range(1 + sweep.retries):  # a second time only if Tune has lost a trial
             if not in_time or not left(sweep):
@@ -84,11 +86,15 @@ def run(sweep: Sweep, config: Path, address: str | None = None, nodes: int | Non
             except KeyboardInterrupt:
                 print("interrupted; the same command continues", file=sys.stderr, flush=True)
                 raise
-        report(read_trials(sweep.dir), sweep, base, console)
+        trials = read_trials(sweep.dir)
+        report(trials, sweep, base, console)
         if not in_time:
             console.print(f"stopped after hours={sweep.hours}; the same command continues", highlight=False)
-        elif lost := left(sweep):
-            raise MTUNetError(f"{lost} of {sweep.count} trials have not ended; the same command continues")
+        elif waiting := left(sweep):
+            end_for_now(f"{waiting} of {sweep.count} trials have not ended; the same command continues")
+        elif lost := [trial for trial in trials if trial.failure == "lost"]:
+            reason = f"{len(lost)} of {sweep.count} trials were lost, {lost[0].id} to {lost[0].error}"
+            end_for_now(f"{reason}; the same command tries them again")
 
 
 def left(sweep: Sweep) -> int:
@@ -111,12 +117,13 @@ def main() -> None:
     if args.nodes is not None and (args.address is None or args.nodes < 1):
         raise InputError(f"--nodes={args.nodes} must be 1 or more, and is for --address")
     sweep = load_sweep(args.sweep, args.overrides)
-    if not args.report:
-        run(sweep, find_config(sweep, args.sweep), args.address, args.nodes)
-        return
-    if not (sweep.dir / "sweep.yaml").is_file():
-        raise InputError(f"{sweep.dir} holds no sweep; run_dir says where it is")
-    report(read_trials(sweep.dir), load_sweep(sweep.dir / "sweep.yaml"), sweep.dir / "base.yaml", Console())
+    with machine_named(sweep):
+        if not args.report:
+            run(sweep, find_config(sweep, args.sweep), args.address, args.nodes)
+            return
+        if not (sweep.dir / SWEEP).is_file():
+            raise InputError(f"{sweep.dir} holds no sweep; run_dir says where it is")
+        report(read_trials(sweep.dir), load_sweep(sweep.dir / SWEEP), sweep.dir / BASE, Console())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,10 +16,12 @@ from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError
 from mtunet_dist.evaluate import metric_names
 from mtunet_dist.multitask import make_tasks
+from mtunet_dist.place import SWEEP, SWEEP_SIGNS, own_folder
 from mtunet_dist.typed_yaml import load_as
 from sweep_objective import Objective
 from sweep_space import Dimension, Parameters, corners, dimensions_of, grid, words
 
+BASE = "base.yaml"  # in the folder of a sweep: the config that all trials start from
 # What population-based training may change in a training that goes on from a checkpoint: not what gives the network,
 # the optimiser's state or the order of the samples another shape.
 CHANGEABLE = ("optim.", "weighting.", "data.augment.")
@@ -86,8 +89,17 @@ class Sweep:
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
-    """The sweep in a YAML file with ``key=value`` overrides. Raises InputError that names what is wrong with it."""
+    """The sweep in a YAML file with ``key=value`` overrides. Raises InputError that names what is wrong with it.
+
+    The sweep.yaml of a sweep's folder means the folder that it lies in, wherever that was when it was written; a
+    ``run_dir`` among the overrides wins.
+    """
     sweep = load_as(Sweep, path, overrides)
+    folder = own_folder(path, SWEEP, SWEEP_SIGNS)
+    named = any(word.startswith("run_dir=") for word in overrides)
+    if folder is not None and not named and sweep.dir.resolve() != folder.resolve():
+        whole = folder == Path() or str(folder).startswith("~")  # which would be the home folder
+        sweep = dataclasses.replace(sweep, run_dir=str(folder.resolve() if whole else folder))
     least = {"seed": 0, "trials": 0, "epochs": 0, "hours": 0, "workers_per_trial": 1, "cpus_per_worker": 1}
     least |= {"gpus_per_worker": 0, "max_concurrent": 0, "retries": 0}
     least |= {"asha.grace_epochs": 1, "asha.reduction": 2, "pbt.interval_epochs": 1}
@@ -143,7 +155,10 @@ def _check_parts(sweep: Sweep) -> None:
 
 
 def find_config(sweep: Sweep, sweep_file: Path) -> Path:
-    """The file that ``sweep.config`` means. Raises InputError when there is none."""
+    """The file that ``sweep.config`` means, in a sweep's folder its copy. Raises InputError if there is none."""
+    own = own_folder(sweep_file, SWEEP, SWEEP_SIGNS)
+    if own is not None and load_as(Sweep, sweep_file).config == sweep.config:
+        return own / BASE
     for folder in (sweep_file.parent, Path()):
         if (folder / sweep.config).is_file():
             return folder / sweep.config

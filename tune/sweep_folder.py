@@ -5,13 +5,13 @@
 - ``trial.json``: its parameters, written before it starts;
 - ``history.jsonl``: with population-based training, one line each time it took over another trial's weights;
 - ``outcome.json``: how it ended; absent while it runs or waits to go on.
+
+Nothing in the folder says where it lies.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,12 +20,16 @@ from typing import Any, Literal
 
 from mtunet_dist import records
 from mtunet_dist.errors import InputError
-from mtunet_dist.files import read_json
+from mtunet_dist.files import read_json, write_json
 from mtunet_dist.folder_lock import lock_folder
 
 PATIENCE_S = 120.0  # for another process to leave a run folder, or to write a checkpoint there
 
 Status = Literal["finished", "stopped", "failed", "unfinished"]
+# Of a failed trial: a loss that is not finite, which would come again; something to be mended that an InputError names;
+# or anything else, as a full disk or a killed process, which says nothing of what the trial tries.
+Failure = Literal["", "loss", "input", "lost"]
+MENDABLE = ("input", "lost")
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Trial:
     status: Status
     evaluations: tuple[Evaluation, ...] = ()
     error: str = ""
+    failure: Failure = ""
     history: tuple[Exploit, ...] = ()
 
     @property
@@ -100,6 +105,7 @@ def read_trial(folder: Path) -> Trial:
         status=outcome["status"],
         evaluations=tuple(evaluations(folder)),
         error=outcome.get("error", ""),
+        failure=outcome.get("failure", ""),
         history=history,
     )
 
@@ -130,16 +136,20 @@ def write_exploit(folder: Path, exploit: Exploit) -> None:
     records.append(folder / "history.jsonl", line)
 
 
-def write_outcome(folder: Path, status: Status, error: str = "", seconds: float | None = None) -> None:
+def write_outcome(
+    folder: Path, status: Status, error: str = "", failure: Failure = "", seconds: float | None = None
+) -> None:
     """Note how the trial ended, and, where it is known, how long its training took since it last started."""
-    write_json(folder / "outcome.json", {"status": status, "error": error, "seconds": seconds})
+    outcome = {"status": status, "error": error, "failure": failure, "seconds": seconds}
+    write_json(folder / "outcome.json", outcome)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace the file at once, so that a kill leaves the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value), encoding="utf-8")
-    temporary.replace(path)
+def try_again(sweep: Path) -> list[str]:
+    """Open those failed trials that may do better now; returns their ids."""
+    again = [trial.id for trial in read_trials(sweep) if trial.failure in MENDABLE]
+    for id in again:
+        (sweep / "trials" / id / "outcome.json").unlink()
+    return again
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def write_hparams(trial: Trial, sweep: Sweep) -> None:
         ],
     )
     if trial.status == "unfinished":
-        (folder / END).unlink(missing_ok=True)  # it failed before and is tried again
+        (folder / END).unlink(missing_ok=True)  # it ended before and is tried again
         return
     end = SessionEndInfo(status=STATUS[trial.status], end_time_secs=time.time())
     events = [_about(metadata.SESSION_END_INFO_TAG, HParamsPluginData(session_end_info=end))]

@@ -107,8 +107,8 @@ class Progress(tune.Callback):  # type: ignore[misc]
         self._ended(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """Lost for good."""
-        write_outcome(self._folder(trial), "failed", reason(trial))
+        """Lost as often as ``retries`` allows; the next command tries it again."""
+        write_outcome(self._folder(trial), "failed", reason(trial), "lost")
         self._ended(trial)
 
     def _ended(self, trial: Any) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -134,8 +135,7 @@ def joined_ray(address: str, nodes: int | None, sweep: Sweep) -> Iterator[None]:
         ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
     except (OSError, ValueError, OverflowError, ray.exceptions.AuthenticationError) as error:
         hint = "does it run there, and do RAY_AUTH_MODE and RAY_AUTH_TOKEN say what it was started with?"
-        # Exit code 1, not 2: a job whose Ray has just died is queued again, one with a wrong setting is not.
-        sys.exit(f"error: cannot join the Ray at --address {address}; {hint} ({error})")
+        end_for_now(f"cannot join the Ray at --address {address}; {hint} ({error})")
     with _until_shutdown():
         wait_for_nodes(address, nodes)
         deadline = time.monotonic() + PATIENCE_S
@@ -156,6 +156,26 @@ def joined_ray(address: str, nodes: int | None, sweep: Sweep) -> Iterator[None]:
                     raise
                 time.sleep(1)
         yield
+
+
+@contextmanager
+def machine_named(sweep: Sweep) -> Iterator[None]:
+    """One line, not a traceback, for what the machine refuses this command itself, as on a full disk."""
+    try:
+        yield
+    except (OSError, tune.TuneError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):  # Tune raises its own from within
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        reason = f"{cause.filename or sweep.dir}: {cause.strerror or cause}"
+        end_for_now(f"{reason}; the same command continues")
+
+
+def end_for_now(reason: str) -> NoReturn:
+    """End with one line. Exit code 1, not 2: a job whose Ray has just died is queued again, one of bad input is not."""
+    sys.exit(f"error: {reason}")
 
 
 @contextmanager

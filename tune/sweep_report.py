@@ -17,11 +17,12 @@ from rich.text import Text
 
 from mtunet_dist.config import Config
 from mtunet_dist.errors import InputError, MTUNetError
-from mtunet_dist.files import read_json
+from mtunet_dist.files import read_json, write_text
+from mtunet_dist.place import BEST
 from mtunet_dist.typed_yaml import to_yaml
 from sweep_config import Sweep, trial_config
 from sweep_figures import draw
-from sweep_folder import Trial
+from sweep_folder import MENDABLE, Trial
 from sweep_importance import MIN_TRIALS, Importance, Importances, importances
 from sweep_parallel import shortened
 from sweep_ranking import Ranking, rank, text, values_of
@@ -40,18 +41,18 @@ def report(trials: Sequence[Trial], sweep: Sweep, base: Path, console: Console) 
     write_csv(sweep.dir / "results.csv", ranking.trials, sweep)
     best = ranking.best
     if best:
-        config = trial_config(sweep, base, best.parameters, sweep.dir / "best")
-        _replace(sweep.dir / "best.yaml", to_yaml(config))
+        config = trial_config(sweep, base, best.parameters, sweep.dir / Path(BEST).stem)
+        write_text(sweep.dir / BEST, to_yaml(config))
     found = importances(trials, sweep)
     captions = draw(ranking, sweep, found, _any_config(ranking, sweep, base), sweep.dir / "report")
-    _replace(sweep.dir / "report.md", markdown(ranking, sweep, found, captions))
+    write_text(sweep.dir / "report.md", markdown(ranking, sweep, found, captions))
     console.print(table(ranking, sweep))
     lines = [f"{t.id} failed: {t.error}" for t in trials if t.status == "failed"]
     lines += [f"trials: {counts(trials)}", f"best: {best_line(best, sweep)}"]
     lines += [f"again:   python -m mtunet_dist.train {sweep.dir / 'best.yaml'}"] if best else []
     lines += [f"report:  {sweep.dir / 'report.md'}; {sweep.dir / 'results.csv'}; run folders: {sweep.dir / 'trials'}"]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
-    if best is None and trials and not any(trial.status == "unfinished" for trial in trials):
+    if best is None and trials and not any(t.status == "unfinished" or t.failure == "lost" for t in trials):
         names = " and ".join(goal.name for goal in sweep.objective.goals)
         reason = next((f": {trial.error}" for trial in trials if trial.error), "")
         raise MTUNetError(f"none of the {len(trials)} trials has a {names}{reason}")
@@ -142,6 +143,8 @@ def markdown(ranking: Ranking, sweep: Sweep, found: Importances | None, captions
     failed = sorted((t for t in ranking.trials if t.status == "failed"), key=lambda t: t.id)
     if failed:
         parts += ["## Failed", _table(["trial", "error"], [[trial.id, trial.error] for trial in failed])]
+    if again := [trial.id for trial in failed if trial.failure in MENDABLE]:
+        parts += [f"The same command tries again: {', '.join(again)}."]
     return "\n\n".join(parts) + "\n"
 
 
@@ -264,10 +267,3 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else shortened(text(value))
-
-
-def _replace(path: Path, content: str) -> None:
-    """Write ``path`` at once: a kill leaves the old one or the new one."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(content, encoding="utf-8")
-    temporary.replace(path)

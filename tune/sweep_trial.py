@@ -22,7 +22,7 @@ from mtunet_dist.config import Config, config_from_text
 from mtunet_dist.errors import InputError, MTUNetError, NonFiniteLossError
 from mtunet_dist.train import train
 from sweep_config import Sweep, steps_per_epoch, trial_config
-from sweep_folder import PATIENCE_S, Exploit, Trial, read_trial, wait_for_folder, write_exploit, write_outcome
+from sweep_folder import PATIENCE_S, Exploit, Failure, Trial, read_trial, wait_for_folder, write_exploit, write_outcome
 from sweep_search import OBJECTIVE, active_parameters
 from sweep_workers import train_with_workers
 
@@ -46,8 +46,8 @@ def make_trainable(sweep: Sweep, base: Path) -> Callable[[dict[str, Any]], None]
 def run_trial(sweep: Sweep, base: Path, name: str, parameters: dict[str, Any]) -> None:
     """Train trial ``name`` to its end, and note in its folder how it ended.
 
-    An error that would come again ends it. Others are raised, and Tune tries again: out of memory, a lost process, a
-    full disk.
+    An error that would come again at once ends it. Others are raised, and Tune tries again: out of memory, a lost
+    process, a full disk.
     """
     gc.collect()  # of the trial before in this process
     if torch.cuda.is_available():
@@ -66,7 +66,8 @@ def run_trial(sweep: Sweep, base: Path, name: str, parameters: dict[str, Any]) -
             metrics = train_reporting(sweep, config, log=folder / "log.txt")
         except (InputError, NonFiniteLossError) as error:
             print(f"error: {error}", flush=True)
-            write_outcome(folder, "failed", f"{type(error).__name__}: {error}")
+            failure: Failure = "input" if isinstance(error, InputError) else "loss"
+            write_outcome(folder, "failed", f"{type(error).__name__}: {error}", failure)
             return
     write_outcome(folder, "finished", seconds=time.monotonic() - began)
     report(sweep, config, config.epochs, metrics)
