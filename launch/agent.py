@@ -35,7 +35,7 @@ import rendezvous
 from mtunet_dist.config import Config
 from mtunet_dist.errors import HUNG, PREEMPTED, InputError
 from mtunet_dist.machine import cpus
-from mtunet_dist.preemption import SIGNALS
+from mtunet_dist.preemption import STOPPED_BY
 from network import Endpoint
 
 # torchrun's own list lacks the last two, and it dies of them.
@@ -65,6 +65,7 @@ class Agent(LocalElasticAgent):
     """torch's agent, that looks at the exit code of the first process to fail before it starts them all again."""
 
     failure: ProcessFailure | None = None
+    shutdowns = 0  # begun
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:  # an extension point, says torch's manual
         result: RunResult = super()._monitor_workers(worker_group)
@@ -85,6 +86,17 @@ class Agent(LocalElasticAgent):
                 flush=True,
             )
         return result
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        self.shutdowns += 1
+        if self.interrupted:
+            death_sig, timeout = signal.SIGKILL, 1
+        super()._shutdown(death_sig, timeout)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a second signal came while the processes were ending after the first."""
+        return self.shutdowns > 1
 
     @property
     def exit_codes(self) -> set[int | None]:
@@ -119,7 +131,9 @@ def run(job: Job) -> int:
         handler = _meet(job)
     except RendezvousError as error:
         raise InputError(f"no rendezvous at {job.head}: {error.__cause__ or error}") from None
-    worker = ("-u", str(Path(__file__).with_name("worker.py")), str(os.getpid()), "-u", "-m", "mtunet_dist.train")
+    # A launcher that is killed cannot end its processes, and they would train on.
+    ended_with = ("-m", "mtunet_dist.children", str(os.getpid()))
+    worker = (*ended_with, sys.executable, "-u", "-m", "mtunet_dist.train")
     spec = WorkerSpec(
         role="train",
         local_world_size=job.processes,
@@ -138,9 +152,9 @@ def run(job: Job) -> int:
         for unsaved in (2, HUNG):
             if unsaved in agent.exit_codes:
                 return unsaved
-        if request.sigval in SIGNALS and not agent.killed:
+        if request.sigval in STOPPED_BY and not agent.killed:
             return PREEMPTED
-        if agent.killed:
+        if agent.killed and not agent.interrupted:
             print(f"error: a process did not stop within {SAVING_S} s and was killed", file=sys.stderr, flush=True)
         return 128 + int(request.sigval)
     except (RendezvousError, DistError) as error:

@@ -36,6 +36,7 @@ from mtunet_dist.typed_yaml import (
 )
 
 TASKS = ("segmentation", "depth")
+BEST = {"segmentation": "miou", "depth": "depth_abs"}  # by which a model is the best, of the first of TASKS there is
 PLUGIN_SECTIONS = ("model", "weighting", "strategy")
 
 
@@ -106,7 +107,9 @@ class CheckpointConfig:
     every_epochs: int = 1
     every_steps: int = 0  # also every so many steps; 0 = off
     keep: int = 2  # newest checkpoints kept, besides best.pt
-    best: str = "miou"  # the metric that best.pt has the best of; delta_m: over those of ``reference``
+    # The metric that best.pt has the best of; delta_m: over those of ``reference``; empty: miou, or depth_abs without
+    # segmentation.
+    best: str = ""
     # Of delta_m: metric -> what single-task networks reach on data.eval, as {miou: 0.24, depth_abs: 0.61}.
     reference: dict[str, float] = field(default_factory=dict)
 
@@ -125,7 +128,7 @@ class Config:
 
     run_dir: str = MISSING  # the run folder; the same command resumes what it holds
     data: DataConfig = field(default_factory=DataConfig)
-    tasks: tuple[str, ...] = TASKS
+    tasks: tuple[str, ...] = TASKS  # what is trained; the dataset must have targets for each
     model: dict[str, Any] = field(default_factory=lambda: {"name": "mtunet"})
     weighting: dict[str, Any] = field(default_factory=lambda: {"name": "learned"})
     strategy: dict[str, Any] = field(default_factory=lambda: {"name": "ddp"})
@@ -188,6 +191,9 @@ def _load(layers: list[Any], overrides: Sequence[str]) -> Config:
     sections: dict[str, Any] = {s: _plugin_section(s, getattr(config, s), words[s]) for s in PLUGIN_SECTIONS}
     config = dataclasses.replace(config, **sections)
     _check(config)
+    if not config.checkpoint.best:
+        best = next(BEST[task] for task in TASKS if task in config.tasks)
+        config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, best=best))
     return config
 
 

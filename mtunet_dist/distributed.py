@@ -17,10 +17,12 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from mtunet_dist.addresses import use_route_to
+from mtunet_dist.children import end_with_parent
 from mtunet_dist.errors import END_S, InputError, MTUNetError, PreemptedError
 
 T = TypeVar("T")
 
+LONGEST_S = 3e7  # a year; what libraries count in nanoseconds, or as a C int, ends at three hundred
 LEAVE_S = 0.1  # that gloo's threads have to drop their tensors: as the interpreter ends, they no longer can
 _left: list[Any] = []  # groups; see ``leave``
 
@@ -66,13 +68,16 @@ def pick_device(name: str) -> torch.device:
 def process_group(device: torch.device, timeout_s: float) -> Iterator[None]:
     """Join the group that torchrun describes, leave it at the end.
 
-    An existing group (Ray Train, a test) is used and left alone; without torchrun's variables there is none.
+    An existing group (Ray Train, a test) is used and left alone; without torchrun's variables there is none. A process
+    that torchrun's agent has started ends with it, also where that is killed.
     """
     if is_on() or not all(name in os.environ for name in RENDEZVOUS):
         yield
         return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     # Later than the watchdog, which says more; before the loop, where there is none, this limit is the only one.
-    timeout = timedelta(seconds=timeout_s + 60)
+    timeout = timedelta(seconds=min(timeout_s, LONGEST_S) + 60)
     alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"  # this node, or Ray, whose heads have numbers
     use_route_to(os.environ["MASTER_ADDR"], alone=alone)
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))

@@ -29,7 +29,8 @@ from mtunet_dist.data.loader import Loader, make_loader
 from mtunet_dist.data.order import EvalOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.data.splits import Split
-from mtunet_dist.errors import InputError, command
+from mtunet_dist.errors import InputError, MTUNetError, command
+from mtunet_dist.files import write_json
 from mtunet_dist.metrics import SegmentationMetric, higher_is_better
 from mtunet_dist.multitask import MultiTaskStep, Segmentation, Task, build_step, place
 
@@ -189,15 +190,19 @@ def main() -> None:
         if set(config.data.train.split("+")) <= dataset.info.splits.keys():  # a dataset for tests may have none
             constant = ConstantPredictor(step.tasks, dataset.split(config.data.train), config.data.on_error)
             results["constant"] = evaluate(constant, loader, device)
-        if distributed.is_main():
+        main_rank = distributed.is_main()
+        if main_rank:
             title = f"{file}, step {state['step']}, on {name} ({results['trained'].samples} samples)"
             Console().print(table(title, {HEADINGS[key]: result for key, result in results.items()}))
-            what = {"checkpoint": str(file), "step": state["step"], "split": name}
-            folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
-            output = folder / f"evaluation-{name}.json"
-            figures = {key: result.as_dict() for key, result in results.items()}
-            output.write_text(json.dumps({**what, **figures}, indent=2) + "\n", encoding="utf-8")
-            print(f"written to {output}")
+    if main_rank:
+        what = {"checkpoint": str(file), "step": state["step"], "split": name}
+        folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
+        output = folder / f"evaluation-{name}.json"
+        try:
+            write_json(output, {**what, **{key: result.as_dict() for key, result in results.items()}}, indent=2)
+        except OSError as error:
+            raise MTUNetError(f"{output} cannot be written: {error.strerror}; the figures are those above") from error
+        print(f"written to {output}")
 
 
 if __name__ == "__main__":

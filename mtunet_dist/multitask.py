@@ -200,11 +200,12 @@ def place(step: MultiTaskStep, device: torch.device, channels_last: bool) -> Mul
     return placed
 
 
-def check_model(step: MultiTaskStep, height: int, width: int) -> None:
+def check_model(step: MultiTaskStep, height: int, width: int, samples: int = 2) -> None:
     """Try the model on the shape of the data, without arithmetic, before any work starts.
 
-    Raises InputError if it does not take images of that size or does not return what each task needs; a model's
-    own InputError says more.
+    ``samples`` are those over which a batch norm normalises in training. Raises InputError if the model does not take
+    images of that size, does not return what each task needs, or has a batch norm that would see one value alone; a
+    model's own InputError says more.
     """
     model: nn.Module = copy.deepcopy(step.model).to("meta").eval()
     outputs = model(torch.empty(2, 3, height, width, device="meta"))
@@ -214,6 +215,23 @@ def check_model(step: MultiTaskStep, height: int, width: int) -> None:
         shape, expected = tuple(outputs[task.name].shape), (2, task.channels, height, width)
         if shape != expected:
             raise InputError(f"the model's output for task '{task.name}' has shape {shape} instead of {expected}")
+
+    if samples == 1:
+        _check_batch_norm(model, height, width)
+
+
+def _check_batch_norm(model: nn.Module, height: int, width: int) -> None:
+    """Raise InputError if a batch norm of a ``model`` without memory would normalise a single value."""
+    try:
+        model.train()(torch.empty(1, 3, height, width, device="meta"))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            f"images of {height}x{width} are 1x1 within the network, and there is 1 sample in a batch (batch_size / "
+            "optim.accumulate, per process): batch norm cannot normalise a single value; use a larger batch_size, or "
+            "prepare larger images"
+        ) from None
 
 
 def share_valid_counts(batches: Sequence[Batch], tasks: Sequence[Task]) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError, closest, command
 from mtunet_dist.folder_lock import lock_folder
-from mtunet_dist.preemption import SIGNALS, StopRequest
+from mtunet_dist.preemption import STOPPED_BY, StopRequest
 from mtunet_dist.reproduction import claims
 from mtunet_dist.reproduction.budgets import BUDGETS
 from mtunet_dist.reproduction.experiments import DATASETS, STREETS, SYSTEMS, TARGETS, THE_USERS, Row, Target, target_on
@@ -29,7 +29,7 @@ from mtunet_dist.reproduction.table import Line, beside_the_paper, lines_of, mar
 from mtunet_dist.reproduction.trainings import PROTOCOLS, Setup, Training, configs, plan, settings
 
 FAILED = 1  # exit code: some training failed
-STOPPED_BY = (signal.SIGINT, *SIGNALS)
+INTERRUPTED = "Ctrl-C: the trainings that run write a checkpoint and stop; once more ends all at once"
 SHOWN = ("miou", "accuracy", "depth_abs", "depth_rel")
 CLAIMS = "claims"
 
@@ -57,7 +57,7 @@ class Reproduction:
         if todo:
             say(f"what a training prints is in its folder, such as {todo[0].dir / LOG}")
         ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # nohup
-        with StopRequest(STOPPED_BY if ignored else (*STOPPED_BY, signal.SIGHUP)) as stop:
+        with StopRequest(STOPPED_BY if ignored else (*STOPPED_BY, signal.SIGHUP), INTERRUPTED) as stop:
             run_all(todo, launcher, stop, self._ended)
         for name in self.plans:
             if name in FIGURES:

@@ -6,6 +6,7 @@ The folder explains itself: config.yaml, environment.json, metrics.jsonl, tensor
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mtunet_dist.data.loader import Loader, make_augmentation, make_loader
 from mtunet_dist.data.order import EvalOrder, TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.data.splits import Split
+from mtunet_dist.data.targets import check_targets, unjudged
 from mtunet_dist.data.torch_loader import TorchLoader
 from mtunet_dist.errors import InputError, closest
 from mtunet_dist.evaluate import eval_loader, metric_names
@@ -95,6 +97,9 @@ def build(config: Config, device: torch.device) -> Run:
     dataset = PreparedDataset(Path(config.data.root))
     info = dataset.info
     train_split, eval_split = dataset.split(config.data.train), dataset.split(config.data.eval)
+    check_targets(info, config.data.train, config.tasks)
+    for line in unjudged(info, config.data.eval, config.tasks) if distributed.is_main() else []:
+        warnings.warn(line, stacklevel=2)
     order = TrainOrder(
         len(train_split),
         batch_size=config.batch_size,
@@ -106,9 +111,11 @@ def build(config: Config, device: torch.device) -> Run:
     augmentation = make_augmentation(config.data.augment, info, config.seed)
     torch.manual_seed(config.seed)  # the same initial weights everywhere
     step = build_step(config, info.classes, info.depth)
+    ranks = distributed.world_size()
+    samples = config.batch_size // config.optim.accumulate // (1 if config.sync_batchnorm else ranks)
+    check_model(step, info.height, info.width, samples)
     if config.sync_batchnorm:
         synchronise(step.model, device)
-    check_model(step, info.height, info.width)
     _check_best(config.checkpoint, metric_names(step.tasks))
     parameters = sum(p.numel() for p in step.model.parameters())
     if config.compile:

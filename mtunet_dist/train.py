@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import math
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from mtunet_dist.run import Run
 from mtunet_dist.tracking import StepReport, Tracker
 from mtunet_dist.watchdog import Watchdog
 
+INTERRUPTED = "Ctrl-C: stopping with a checkpoint, at the next report at the latest; once more ends it at once"
 LEAST_LOSS_SCALE = 1e-3  # where gradients still overflow, they are not finite at any scale
 
 OnEval = Callable[[int, dict[str, float]], None]
@@ -38,10 +40,10 @@ def train(config: Config, on_eval: OnEval | None = None) -> dict[str, float]:
 
     ``on_eval(step, metrics)`` is called on every rank after each evaluation, once the checkpoint of that step, if there
     is to be one, is being written. Joins torchrun's process group, or one that exists, or runs alone. Raises InputError
-    for anything wrong with config, data or checkpoint, NonFiniteLossError when a loss stops being a number, MTUNetError
-    when the run folder cannot be written to, and PreemptedError, with a checkpoint written, within ``log.every_steps``
-    steps after SIGTERM, SIGUSR1 or SIGUSR2 came to any rank. A process that does not move for ``timeout_s`` ends at
-    once, see ``Watchdog``.
+    for anything wrong with config, data or checkpoint, NonFiniteLossError when a loss or the state stops being finite,
+    MTUNetError when the run folder cannot be written to, and PreemptedError, with a checkpoint written, within
+    ``log.every_steps`` steps after SIGTERM, SIGUSR1, SIGUSR2 or SIGINT came to any rank; a second SIGINT ends the
+    process. One that does not move for ``timeout_s`` ends at once, see ``Watchdog``.
     """
     device = distributed.pick_device(config.device)
     with distributed.process_group(device, config.timeout_s):
@@ -60,7 +62,8 @@ def train(config: Config, on_eval: OnEval | None = None) -> dict[str, float]:
                     evaluation_due=run.evaluation_due,
                     on_write_error=config.on_write_error,
                 )
-                with closing(tracker), StopRequest() as stop, _no_garbage_collection():
+                said = INTERRUPTED if distributed.is_main() else ""
+                with closing(tracker), StopRequest(on_interrupt=said) as stop, _no_garbage_collection():
                     _loop(run, tracker, stop, watchdog, on_eval or _ignore)
                     distributed.decide(tracker.check)
             return run.metrics
@@ -90,7 +93,8 @@ def _loop(run: Run, tracker: Tracker, stop: StopRequest, watchdog: Watchdog, on_
             step.weighting.end_epoch()
         best = stopping = False
         # Before anything is evaluated or saved, so that all of it is finite.
-        if epoch_done or save or run.step % config.log.every_steps == 0:
+        hurried = stop.received == signal.SIGINT and distributed.world_size() == 1  # nobody else must agree
+        if epoch_done or save or hurried or run.step % config.log.every_steps == 0:
             report, stopping = _report(run, window, lr, stop, tracker)
             if run.lock is not None:
                 run.lock.end_if_lost()  # before anything is written

@@ -26,6 +26,7 @@ from job_script import Job, Options, render
 from mtunet_dist.config import Config, load_config
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
+from mtunet_dist.data.targets import check_targets
 from mtunet_dist.environment import environment
 from mtunet_dist.errors import InputError, MTUNetError, closest, command
 from mtunet_dist.files import write_json
@@ -70,6 +71,7 @@ def check_training(config: Config, options: Options) -> None:
         dataset = PreparedDataset(Path(config.data.root))
         split = dataset.split(config.data.train)
         dataset.split(config.data.eval)
+        check_targets(dataset.info, config.data.train, config.tasks)
         sizes = {"batch_size": config.batch_size, "accumulate": config.optim.accumulate}
         TrainOrder(len(split), **sizes, rank=0, world_size=ranks)
 

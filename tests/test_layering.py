@@ -10,7 +10,7 @@ PACKAGE = REPOSITORY / "mtunet_dist"
 
 # Each layer may import the ones above it and its own. First match wins; a file that matches none fails the test.
 LAYERS = [
-    ["errors", "machine", "schema", "preemption", "addresses"],
+    ["errors", "machine", "schema", "preemption", "addresses", "children"],
     ["plugins", "finite", "distributed", "environment", "files", "folder_lock", "place", "records", "sync_batchnorm"],
     ["key_hints"],
     ["typed_yaml"],

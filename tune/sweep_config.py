@@ -13,6 +13,7 @@ from typing import Any, Literal
 from mtunet_dist.config import Config, load_config
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
+from mtunet_dist.data.targets import check_targets
 from mtunet_dist.errors import InputError
 from mtunet_dist.evaluate import metric_names
 from mtunet_dist.multitask import make_tasks
@@ -174,7 +175,9 @@ def trial_config(sweep: Sweep, base: Path, parameters: Parameters, run_dir: Path
 
 def steps_per_epoch(config: Config) -> int:
     """Optimiser steps per epoch. Raises InputError if data and batch size do not fit together."""
-    split = PreparedDataset(Path(config.data.root)).split(config.data.train)
+    dataset = PreparedDataset(Path(config.data.root))
+    split = dataset.split(config.data.train)
+    check_targets(dataset.info, config.data.train, config.tasks)
     order = TrainOrder(len(split), batch_size=config.batch_size, accumulate=config.optim.accumulate)
     return order.steps_per_epoch
 

@@ -27,6 +27,12 @@ def check_targets(info: DatasetInfo, train: str, tasks: Sequence[str]) -> None:
         raise InputError(f"task '{without[0]}': {_nothing(train, without[0])}; {_remedy(pixels)}")
 
 
+def unjudged(info: DatasetInfo, split: str, tasks: Sequence[str]) -> list[str]:
+    """A line for each of ``tasks`` that an evaluation on ``split`` (or several: ``val+test``) says nothing of."""
+    pixels = target_pixels(info.splits[name] for name in split.split("+"))
+    return [f"{_nothing(split, task)}: the metrics of '{task}' are not known" for task in tasks if not pixels[task]]
+
+
 def warnings(info: DatasetInfo) -> list[str]:
     """A line for each split and task of a dataset just prepared where there is nothing to learn, or to judge by."""
     lines = []

@@ -24,7 +24,7 @@ from mtunet_dist.data.splits import Split
 from mtunet_dist.data.torch_augmentation import augmented
 from mtunet_dist.errors import InputError
 from mtunet_dist.multitask import Batch
-from mtunet_dist.preemption import SIGNALS
+from mtunet_dist.preemption import STOPPED_BY
 from mtunet_dist.schema import VOID
 
 Item = tuple[tuple[Tensor, ...], dict[int, str]]
@@ -110,9 +110,9 @@ class _DecodedBatches(Dataset[Item]):
 @contextmanager
 def _deaf_children() -> Iterator[None]:
     """Processes started inside do not act upon a request to stop: Slurm sends it to every process of a job."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # children inherit it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPED_BY)  # children inherit it
     resource_tracker.ensure_running()  # it comes with the first child, and unblocks SIGTERM here
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPED_BY)
     try:
         yield
     finally:

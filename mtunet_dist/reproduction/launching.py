@@ -108,13 +108,14 @@ def run_all(
 
 
 def _start(training: Training, launcher: Launcher) -> _Started:
+    """Started through ``children.py``: this process may be killed, and then it would train on."""
     file = training.write_config()
     log = training.dir / LOG
     with log.open("ab") as output:
         offset = output.tell()
         # In a session of its own, so that Ctrl-C comes to this process alone, which then asks the training to stop.
         process = subprocess.Popen(
-            launcher.command(training, file),
+            [sys.executable, "-m", "mtunet_dist.children", str(os.getpid()), *launcher.command(training, file)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -15,6 +15,7 @@ from mtunet_dist import checkpoint, records
 from mtunet_dist.config import Config, load_config, save_config
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
+from mtunet_dist.data.targets import check_targets
 from mtunet_dist.errors import InputError
 from mtunet_dist.multitask import build_step, check_model
 from mtunet_dist.reproduction.budgets import Budget
@@ -165,6 +166,7 @@ def plan(target: Target, setup: Setup) -> list[Training]:
         parameters = _check_network(made[0], dataset)
         for config in made:
             samples = len(dataset.split(config.data.train))
+            check_targets(dataset.info, config.data.train, config.tasks)
             order = TrainOrder(samples, batch_size=config.batch_size, accumulate=config.optim.accumulate)
             total_steps = config.epochs * order.steps_per_epoch
             training = Training(row, config, total_steps, parameters, setup.protocol)
