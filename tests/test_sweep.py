@@ -81,7 +81,7 @@ PBT = ["scheduler=pbt", "max_concurrent=0"]
         (["space.optim.weight_decay={choice: [1], share: [0, 1]}"], ["exactly one", "choice and share"]),
         (["space.optim.weight_decay.uniform=[0,1]"], ["searcher=grid", "space.optim.weight_decay is uniform"]),
         ([*RANDOM, "space.optim.weight_decay.uniform=[-1,1]"], ["optim.weight_decay=-1.0", "negative"]),
-        ([*RANDOM, "space.epochs.uniform=[1,4]"], ["epochs=1.0", "Integer"]),
+        ([*RANDOM, "space.epochs.uniform=[1,4]"], ["epochs=1.0", "whole number"]),
         (["space.optim.name.choice=[adam,adamm]"], ['optim.name="adamm"', "adamw"]),
         (["space.weighting.name.choice=[learned,fixd]"], ['weighting.name="fixd"', "Did you mean 'fixed'"]),
         (["space.batch_size.choice=[4,16]"], ["batch_size=16", "12 samples"]),
