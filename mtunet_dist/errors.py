@@ -36,6 +36,10 @@ class PreemptedError(MTUNetError):
     """A training was asked to stop and did, with a checkpoint; the same command goes on."""
 
 
+class LostProcessError(MTUNetError):
+    """A worker process of this one was killed. Like that a crash, not the user's error: another try may do better."""
+
+
 def nearest(name: str, names: Sequence[str]) -> str | None:
     """The one of ``names`` that a misspelt ``name`` probably means."""
     return next(iter(difflib.get_close_matches(name, names, n=1)), None)
@@ -48,7 +52,8 @@ def closest(name: str, names: Sequence[str]) -> str:
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Make ``main`` a command: expected errors become one line on stderr and exit code 2 (75 when preempted).
+    """Make ``main`` a command: expected errors become one line on stderr and exit code 2 (75 when preempted, 1
+    when a worker process was lost).
 
     Under torchrun mostly all ranks find the same error in the same input, and one line is enough: the first process
     of each node prints it, and its end makes torchrun end the others while they wait. If it does not end, the error
@@ -70,7 +75,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
                 time.sleep(PATIENCE_S)
             preempted = isinstance(error, PreemptedError)
             print(error if preempted else f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(PREEMPTED if preempted else 2)
+            sys.exit(PREEMPTED if preempted else 1 if isinstance(error, LostProcessError) else 2)
         except RuntimeError:
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 time.sleep(2 * PATIENCE_S)

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import partial
@@ -17,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from mtunet_dist.errors import InputError, command
+from mtunet_dist.errors import InputError, LostProcessError, command
 from mtunet_dist.machine import cpus
 from mtunet_dist.sources.folder import check_outside
 from mtunet_dist.synthetic.tree import CITIES, GENERATOR, Settings, scene_files, write_scene
@@ -30,7 +31,7 @@ def synthesize(out: Path, settings: Settings, workers: int = 1) -> None:
     """Write the scenes of a tree that are not there yet, with this many processes; the files do not depend on it.
 
     A scene is a pure function of (seed, split, index). Raises InputError for settings out of range and for a folder
-    that holds anything but a tree of the same settings.
+    that holds anything but a tree of the same settings, LostProcessError if a worker was killed.
     """
     _check(settings, workers)
     _claim(out, settings)
@@ -55,6 +56,9 @@ def _pool(workers: int) -> Iterator[partial[Iterator[None]] | type[map[None]]]:
     executor = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
         yield partial(executor.map, chunksize=2)
+    except BrokenProcessPool:
+        reason = "a worker process was killed, perhaps for its memory: use fewer workers"
+        raise LostProcessError(f"{reason}; the same command goes on from here") from None
     finally:
         executor.shutdown(cancel_futures=True)
 

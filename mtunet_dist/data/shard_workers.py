@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
 from mtunet_dist.data.shard_builder import ShardResult, ShardTask, make_shard
-from mtunet_dist.errors import MTUNetError
+from mtunet_dist.errors import LostProcessError
 
 Outcome = tuple[ShardTask, ShardResult | list[str]]
 
@@ -19,7 +19,7 @@ Outcome = tuple[ShardTask, ShardResult | list[str]]
 def run(tasks: list[ShardTask], workers: int) -> Generator[Outcome, None, None]:
     """Tasks with what ``make_shard`` returned, as they finish; ``workers`` 0 works in this process.
 
-    Closing the generator waits for the tasks that run and drops the others.
+    Closing the generator waits for the tasks that run and drops the others. LostProcessError if a worker was killed.
     """
     if workers == 0:
         for task in tasks:
@@ -27,13 +27,13 @@ def run(tasks: list[ShardTask], workers: int) -> Generator[Outcome, None, None]:
         return
     context = multiprocessing.get_context("spawn")  # threads of the parent make fork unsafe
     with ProcessPoolExecutor(min(workers, len(tasks) or 1), context, initializer=_start_worker) as pool:
-        futures = {pool.submit(make_shard, task): task for task in tasks}
         try:
+            futures = {pool.submit(make_shard, task): task for task in tasks}
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool:
             reason = "a worker process was killed, perhaps for its memory: use fewer workers or smaller shards"
-            raise MTUNetError(f"{reason}; the same command goes on from here") from None
+            raise LostProcessError(f"{reason}; the same command goes on from here") from None
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -8,12 +8,13 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mtunet_dist.data.augmentation import Augmentation
 from mtunet_dist.data.batch import Pixels, as_batch, depth_scales, draws_of
@@ -22,13 +23,36 @@ from mtunet_dist.data.order import Order, Plan
 from mtunet_dist.data.sending import send
 from mtunet_dist.data.splits import Split
 from mtunet_dist.data.torch_augmentation import augmented
-from mtunet_dist.errors import InputError
+from mtunet_dist.errors import InputError, LostProcessError
 from mtunet_dist.multitask import Batch
 from mtunet_dist.preemption import STOPPED_BY
 from mtunet_dist.schema import VOID
 
-Item = tuple[tuple[Tensor, ...], dict[int, str]]
-"""The arguments of ``as_batch``, and why which samples could not be decoded."""
+
+@dataclass(frozen=True)
+class Item:
+    """The arguments of ``as_batch``, and why which samples could not be decoded."""
+
+    parts: tuple[Tensor, ...] | tuple[np.ndarray, ...]
+    broken: dict[int, str]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The parts as tensors."""
+        return tuple(map(torch.as_tensor, self.parts))
+
+    def to_send(self) -> Item:
+        """For another process: in /dev/shm; or where that has no room, as in many a container, for a pipe.
+
+        Left to the queue, a tensor that finds no room is lost, and whoever waits for it waits for ever.
+        """
+        try:
+            return Item(tuple(x.share_memory_() for x in self.tensors()), self.broken)
+        except RuntimeError:
+            return Item(tuple(x.numpy() for x in self.tensors()), self.broken)
+
+    def pin_memory(self) -> Item:
+        """Called by the ``DataLoader`` for a GPU, so that copies to it are asynchronous."""
+        return Item(tuple(x.pin_memory() for x in self.tensors()), self.broken)
 
 
 class TorchLoader:
@@ -71,12 +95,24 @@ class TorchLoader:
         )
         with _deaf_children():
             items = iter(loader)
-        for index, (tensors, broken) in zip(itertools.count(start), items):
-            for position, reason in broken.items():
-                self.broken.add(position, reason)
-            if broken:
+        for index in itertools.count(start):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker (pid" not in str(error):
+                    raise
+                killed = (
+                    "a worker process of data.loader=torch was killed, perhaps for its memory: use fewer data.threads"
+                )
+                again = f"({' '.join(str(error).split())}); the same command goes on from the newest checkpoint"
+                raise LostProcessError(f"{killed} {again}") from None
+            for position, why in item.broken.items():
+                self.broken.add(position, why)
+            if item.broken:
                 self.broken.count(self.order.plan(index).samples)
-            yield as_batch(*(send(x, self.device) for x in tensors))
+            yield as_batch(*(send(x, self.device) for x in item.tensors()))
 
 
 class _DecodedBatches(Dataset[Item]):
@@ -103,13 +139,19 @@ class _DecodedBatches(Dataset[Item]):
         draws = draws_of(plan, self.augmentation)
         pixels = Pixels(*map(torch.from_numpy, (image, label, depth.view(np.int16))))
         scales = torch.from_numpy(depth_scales(plan, draws, self.split.info.depth.scale))
-        tensors = (*augmented(pixels, draws), scales, torch.from_numpy(plan.samples.copy()))
-        return tensors, {int(plan.samples[row]): reason for row, reason in broken.items()}
+        parts = (*augmented(pixels, draws), scales, torch.from_numpy(plan.samples.copy()))
+        item = Item(parts, {int(plan.samples[row]): reason for row, reason in broken.items()})
+        return item.to_send() if get_worker_info() else item
 
 
 @contextmanager
 def _deaf_children() -> Iterator[None]:
-    """Processes started inside do not act upon a request to stop: Slurm sends it to every process of a job."""
+    """Processes started inside do not act upon a request to stop: Slurm sends it to every process of a job.
+
+    Nor does this one act upon the end of such a process, wherever it is just then: ``next`` finds out in seconds.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    at_end_of_child = signal.getsignal(signal.SIGCHLD)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPED_BY)  # children inherit it
     resource_tracker.ensure_running()  # it comes with the first child, and unblocks SIGTERM here
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPED_BY)
@@ -117,6 +159,8 @@ def _deaf_children() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if main and at_end_of_child is not None:
+            signal.signal(signal.SIGCHLD, at_end_of_child)
 
 
 def _obey_only_the_parent(worker: int) -> None:
