@@ -20,9 +20,9 @@ from rich.console import Console
 from mtunet_dist import __version__, plugins
 from mtunet_dist.config import plugin_options
 from mtunet_dist.data.info import FORMAT, INFO_FILE, DatasetInfo, Settings, Stored, index_name
-from mtunet_dist.data.prepared import PreparedDataset, verify
+from mtunet_dist.data.prepared import PreparedDataset, compare_source, verify_sums
 from mtunet_dist.data.report import progress, table
-from mtunet_dist.data.shard_builder import SIDECAR, ShardResult, ShardTask, Statistics, finished
+from mtunet_dist.data.shard_builder import SIDECAR, ShardResult, ShardTask, Statistics, changed, finished, tasks_of
 from mtunet_dist.data.shard_workers import run
 from mtunet_dist.data.shards import Index, RgbFormat, TargetFormat
 from mtunet_dist.data.targets import warnings
@@ -56,7 +56,7 @@ def prepare(
     With ``stored`` ``source`` the samples are checked, counted and listed, but stay where they are, at full size.
 
     ``workers`` processes make a shard each at a time; 0 works in this process. The bytes do not depend on it. Where
-    ``out`` already holds the dataset nothing is done.
+    ``out`` already holds the dataset, only those shards are made whose files in the source have changed since.
 
     Raises InputError that names each bad file (the first ten), or what differs when ``out`` holds another dataset, if
     one of ``root`` and ``out`` lies in the other, and if another process is writing to ``out``.
@@ -68,31 +68,28 @@ def prepare(
     if stored == "source":
         root = Path(root).resolve()
     settings = Settings(source, str(root), typed, height, width, rgb_format, target_format, shard_size, stored=stored)
-    if _is_complete(out, settings):
-        console.print(f"{out} is complete", markup=False, soft_wrap=True)
+    if _there(out, settings) and not Path(root).exists():
+        _say(console, f"{out} is complete; {root}, which it was made from, is not there to compare it with")
     else:
         reader: Source[Any] = plugins.build("source", {"name": source, **typed}, Path(root))
         problem = class_problem(reader.classes)
         if problem:
             raise InputError(f"source '{source}' at {root}: {problem}")
-        splits = reader.splits()
-        _check(reader, [sample for samples in splits.values() for sample in samples])
-        tasks = [
-            ShardTask(reader, settings, out, split, number, samples[start : start + shard_size])
-            for split, samples in splits.items()
-            for number, start in enumerate(range(0, len(samples), shard_size))
-        ]
-        try:
-            with lock_folder(out, f"another process is preparing {out}"):
-                if not _is_complete(out, settings):  # that one may have ended meanwhile
-                    _complete(tasks, _make_shards(tasks, workers, console))
-        except OSError as error:
-            raise MTUNetError(f"cannot write {error.filename or out}: {error.strerror}") from error
+        tasks = tasks_of(reader, settings, out)
+        if _is_current(out, settings, tasks):
+            _say(console, f"{out} is complete")
+        else:
+            _check(reader, [sample for task in tasks for sample in task.samples])
+            _work(tasks, workers, console)
     _remove_leftovers(out)
     dataset = PreparedDataset(out)
     for line in warnings(dataset.info):
-        console.print(f"warning: {line}", markup=False, soft_wrap=True)
+        _say(console, f"warning: {line}")
     return dataset
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def _check_apart(root: Path, out: Path) -> None:
@@ -105,16 +102,49 @@ def _check_apart(root: Path, out: Path) -> None:
     check_outside(out, "OUT")
 
 
-def _is_complete(out: Path, settings: Settings) -> bool:
-    """Whether ``out`` holds the whole dataset; InputError if it holds one of other settings."""
+def _there(out: Path, settings: Settings) -> DatasetInfo | None:
+    """The complete dataset in ``out``, if there is one; InputError if it is one of other settings."""
     if not (out / INFO_FILE).is_file():
-        return False
-    there, wanted = PreparedDataset(out).info.settings.flat(), settings.flat()
+        return None
+    info = PreparedDataset(out).info
+    there, wanted = info.settings.flat(), settings.flat()
     keys = [key for key in {**wanted, **there} if there.get(key) != wanted.get(key)]
     different = [f"{key}={there.get(key)} instead of {wanted.get(key)}" for key in keys]
     if different:
         raise InputError(f"{out} already holds a dataset with {', '.join(different)}: choose another folder")
-    return True
+    return info
+
+
+def _is_current(out: Path, settings: Settings, tasks: Sequence[ShardTask]) -> bool:
+    """Whether ``out`` holds the whole dataset, and nothing that it was made from has changed as far as is known."""
+    info = _there(out, settings)
+    return info is not None and changed(info, tasks) is None
+
+
+def _work(tasks: list[ShardTask], workers: int, console: Console) -> None:
+    """Make what is missing, and what has changed in the source, of a dataset that may be complete already."""
+    settings, out = tasks[0].settings, tasks[0].out
+    try:
+        with lock_folder(out, f"another process is preparing {out}"):
+            if _is_current(out, settings, tasks):  # that one may have ended meanwhile
+                return
+            before = _there(out, settings)
+            if before is not None:
+                _say(console, f"{out} was complete, but {changed(before, tasks)}: what has changed is made again")
+                _forget(out, before)
+            _complete(tasks, _make_shards(tasks, workers, console))
+    except OSError as error:
+        raise MTUNetError(f"cannot write {error.filename or out}: {error.strerror}") from error
+
+
+def _forget(out: Path, info: DatasetInfo) -> None:
+    """Take away what makes ``out`` complete; shards stay where a sidecar tells what they were made from."""
+    (out / INFO_FILE).unlink()
+    for split, described in info.splits.items():
+        (out / index_name(split)).unlink(missing_ok=True)
+        for shard in described.shards:
+            if not (out / f"{shard.file}{SIDECAR}").is_file():
+                (out / shard.file).unlink(missing_ok=True)
 
 
 def _check(source: Source[Any], samples: list[Sample]) -> None:
@@ -197,8 +227,8 @@ def _complete(tasks: list[ShardTask], results: Mapping[Path, ShardResult]) -> No
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Remove the sidecars and the lock of a complete dataset, and what killed runs left half-written."""
-    for pattern in ("*.tmp", f"*{SIDECAR}", LOCK):
+    """Remove the lock of a complete dataset, and what killed runs left half-written."""
+    for pattern in ("*.tmp", LOCK):
         for path in out.glob(pattern):
             path.unlink(missing_ok=True)  # another process may be doing the same
 
@@ -239,7 +269,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-copy", action="store_true", help="only check and list; training then decodes the source's own files"
     )
-    parser.add_argument("--verify", type=Path, metavar="OUT", help="only check the checksums of the dataset in OUT")
+    parser.add_argument(
+        "--verify", type=Path, metavar="OUT", help="only check the dataset in OUT: checksums, and its source"
+    )
     return parser
 
 
@@ -249,8 +281,8 @@ def main() -> None:
     parser = _parser()
     args = parser.parse_intermixed_args()
     if args.verify is not None:
-        dataset = verify(args.verify)
-        print(f"{args.verify}: all checksums match")
+        dataset = verify_sums(args.verify)
+        print(f"{args.verify}: all checksums match; {compare_source(dataset)}")
     elif args.out is None:
         parser.error("SOURCE, ROOT and OUT are needed")
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -82,7 +83,9 @@ def test_a_file_damaged_after_preparing_is_named_or_skipped(
     file = source / "train" / "rgb" / "007.png"
     data = bytearray(file.read_bytes())
     data[60:90] = bytes(byte ^ 0xFF for byte in data[60:90])  # the same size
+    before = file.stat()
     file.write_bytes(data)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a disk damages it: nobody wrote to it
     with pytest.raises(InputError, match=r"007\.png"):
         verify(listed)
     config = make_config(f"data.root={listed}", f"data.loader={loader}", f"data.on_error={on_error}", "epochs=1")
@@ -126,7 +129,6 @@ def test_after_a_bad_sample_only_its_shard_is_read_again(source: Path, tmp_path:
     prepare("folder", source, out, **SIZE, shard_size=5, stored="source")
     assert (out / "train-00000.list").stat().st_ino == before
     verify(out)
-    assert not list(out.glob("*.done"))
 
 
 def test_training_resumes_with_the_same_bits(listed: Path, make_config: MakeConfig, tmp_path: Path) -> None:

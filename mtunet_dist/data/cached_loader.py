@@ -130,7 +130,7 @@ def _content(split: Split) -> str:
     files = [(split.root / shard.file).stat() for shard in split.shards]
     code = [path.read_text() for folder in ("data", "sources") for path in sorted((PACKAGE / folder).glob("*.py"))]
     which = [[file.st_dev, file.st_ino, file.st_mtime_ns] for file in files]
-    return digest(split.fingerprint, which, sys.prefix, PIL.__version__, code)
+    return digest(split.fingerprint, split.version, which, sys.prefix, PIL.__version__, code)
 
 
 def _bytes(split: Split) -> int:

@@ -42,12 +42,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """A shard of ``count`` samples, with its size and checksum."""
+    """A shard of ``count`` samples, with its size and checksum.
+
+    ``source`` is the fingerprint (``stamps.py``) of what it was made from; "" in datasets prepared before it was kept.
+    """
 
     file: str
     count: int
     bytes: int
     sha256: str
+    source: str = ""
 
 
 @dataclass(frozen=True)

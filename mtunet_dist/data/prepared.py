@@ -6,14 +6,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from mtunet_dist import plugins
 from mtunet_dist.data.info import FORMAT, INFO_FILE, DatasetInfo, SplitInfo
+from mtunet_dist.data.shard_builder import changed, tasks_of
 from mtunet_dist.data.shards import sha256
 from mtunet_dist.data.splits import Split, make_split, pixels_sha256
 from mtunet_dist.errors import InputError
 from mtunet_dist.files import read_json
 from mtunet_dist.place import shown
 from mtunet_dist.schema import MOST_CLASSES, class_problem
+from mtunet_dist.sources._source import Source
 
 
 class PreparedDataset:
@@ -45,6 +49,13 @@ class PreparedDataset:
 
 
 def verify(root: Path) -> PreparedDataset:
+    """``verify_sums``, then ``compare_source``."""
+    dataset = verify_sums(root)
+    compare_source(dataset)
+    return dataset
+
+
+def verify_sums(root: Path) -> PreparedDataset:
     """Read everything again and compare checksums. Raises InputError that names the shard or sample that differs."""
     dataset = PreparedDataset(root)
     for name, info in dataset.info.splits.items():
@@ -57,12 +68,27 @@ def verify(root: Path) -> PreparedDataset:
     return dataset
 
 
+def compare_source(dataset: PreparedDataset) -> str:
+    """Raise InputError if what the dataset was made from has changed since; else what is known of it, in words."""
+    settings = dataset.info.settings
+    root = Path(settings.root)
+    if not root.exists():
+        return f"{root}, which it was made from, is not there to compare it with"
+    if not all(shard.source for split in dataset.info.splits.values() for shard in split.shards):
+        return f"it does not say how {root}, which it was made from, was then"
+    source: Source[Any] = plugins.build("source", {"name": settings.source, **settings.options}, root)
+    what = changed(dataset.info, tasks_of(source, settings, dataset.root))
+    if what:
+        raise InputError(f"{dataset.root} is out of date: {what}; prepare it again")
+    return f"{root}, which it was made from, has not changed"
+
+
 def _verify_source(root: Path, split: Split, info: SplitInfo) -> None:
     """Compare the samples left in the source with what they were when the dataset was prepared."""
     listed = dict(entry for shard in info.shards for entry in read_json(root / shard.file))
     for i, key in enumerate(split.keys):
         if pixels_sha256(split.decode(i)) != listed[key]:
-            raise InputError(f"{split.describe(i)}: it has changed since it was prepared as {root}")
+            raise InputError(f"{split.describe(i)}: it has changed since it was prepared as {root}; prepare it again")
 
 
 def _read_info(root: Path) -> DatasetInfo:

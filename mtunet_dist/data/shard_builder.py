@@ -1,21 +1,22 @@
 """The work of ``prepare`` on one shard: read, check, resize, encode, write. Imports no torch: workers start fast.
 
-A finished shard has a sidecar, ``SHARD.done``, from which a later run takes it over instead of making it again.
+A finished shard has a sidecar, ``SHARD.done``, from which a later run takes it over instead of making it again, as
+long as nothing of what it was made from has changed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
+import functools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mtunet_dist.data.info import FORMAT, Settings, ShardInfo, SplitInfo
+from mtunet_dist.data.info import DatasetInfo, Settings, ShardInfo, SplitInfo
 from mtunet_dist.data.shards import (
     EncodedSample,
     Index,
@@ -26,6 +27,7 @@ from mtunet_dist.data.shards import (
     write_shard,
 )
 from mtunet_dist.data.splits import file_sizes, npy_header, pixels_sha256, resized
+from mtunet_dist.data.stamps import fingerprint, stamp, what_changed
 from mtunet_dist.errors import InputError
 from mtunet_dist.files import read_json, write_json
 from mtunet_dist.schema import VOID
@@ -53,24 +55,14 @@ class ShardTask:
 
     @property
     def sidecar(self) -> Path:
-        """What says that the shard is finished, and holds its index and statistics until the dataset is complete."""
+        """What says that the shard is finished and what it was made from, and holds its index and statistics."""
         return self.path.with_name(self.path.name + SIDECAR)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Equal for tasks that make the same shard of the same source files."""
-        files = [[repr(sample), *_stamps(sample)] for sample in self.samples]
-        content = [FORMAT, dataclasses.asdict(self.settings), files]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _stamps(sample: Sample) -> list[tuple[int, int]]:
-    """Size and time of the last change of the files that ``sample`` names."""
-    try:
-        found = [path.stat() for path in vars(sample).values() if isinstance(path, Path)]
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
-    return [(stat.st_size, stat.st_mtime_ns) for stat in found]
+        """Equal for tasks that make the same shard of the same source files, as they were when it was first asked for:
+        a file that changes while the work goes on is found changed by the next run."""
+        return fingerprint(self.source, self.settings, map(stamp, self.samples))
 
 
 @dataclass
@@ -146,6 +138,7 @@ def make_shard(task: ShardTask) -> ShardResult | list[str]:
     encoded: list[EncodedSample] = []
     listed: list[tuple[str, str]] = []
     errors = []
+    made_from = task.fingerprint
     for files in task.samples:
         try:
             raw = task.source.read(files)
@@ -164,20 +157,50 @@ def make_shard(task: ShardTask) -> ShardResult | list[str]:
         index = write_listing(task, listed)
     else:
         index = write_shard(task.path, task.number, encoded)
-    shard = ShardInfo(task.path.name, len(task.samples), task.path.stat().st_size, sha256(task.path))
+    shard = ShardInfo(task.path.name, len(task.samples), task.path.stat().st_size, sha256(task.path), made_from)
     result = ShardResult(shard, index, statistics)
-    write_json(task.sidecar, {"fingerprint": task.fingerprint, **dataclasses.asdict(result)})
+    write_json(task.sidecar, dataclasses.asdict(result))
     return result
 
 
 def finished(task: ShardTask) -> ShardResult | None:
-    """The result of an earlier run with the same settings, if the shard is there in full."""
+    """The result of an earlier run with the same settings, if the shard is there in full and its source unchanged."""
     if not (task.sidecar.is_file() and task.path.is_file()):
         return None
-    value = read_json(task.sidecar)
-    if value["fingerprint"] != task.fingerprint or value["shard"]["bytes"] != task.path.stat().st_size:
+    try:
+        value = read_json(task.sidecar)
+        shard = ShardInfo(**value["shard"])
+        result = ShardResult(shard, Index(**value["index"]), Statistics(**value["statistics"]))
+    except (InputError, KeyError, TypeError):  # damaged, or of another version
         return None
-    return ShardResult(ShardInfo(**value["shard"]), Index(**value["index"]), Statistics(**value["statistics"]))
+    return result if shard.source == task.fingerprint and shard.bytes == task.path.stat().st_size else None
+
+
+def tasks_of(source: Source[Any], settings: Settings, out: Path) -> list[ShardTask]:
+    """The shards of all splits. InputError for a source that is not as it should be."""
+    size = settings.shard_size
+    tasks = [
+        ShardTask(source, settings, out, split, number, samples[start : start + size])
+        for split, samples in source.splits().items()
+        for number, start in enumerate(range(0, len(samples), size))
+    ]
+    with ThreadPoolExecutor(16) as pool:  # threads hide the latency of network disks
+        for _ in pool.map(lambda task: task.fingerprint, tasks):
+            pass
+    return tasks
+
+
+def changed(info: DatasetInfo, tasks: Sequence[ShardTask]) -> str | None:
+    """What has changed in the source of a prepared dataset, whose ``tasks`` would be these now; None if nothing has,
+    or if the dataset is of a version that did not note what it was made from."""
+    before = {shard.file: shard.source for split in info.splits.values() for shard in split.shards}
+    if not all(before.values()):
+        return None
+    for task in tasks:
+        if before.get(task.path.name) != task.fingerprint:
+            return what_changed(task.samples, task.path)
+    left = before.keys() - {task.path.name for task in tasks}
+    return f"samples of {min(left)} have gone" if left else None
 
 
 def write_listing(task: ShardTask, listed: list[tuple[str, str]]) -> Index:

@@ -16,6 +16,7 @@ import numpy as np
 from mtunet_dist import plugins
 from mtunet_dist.data.info import DatasetInfo, ShardInfo, SplitInfo, Stored, index_name
 from mtunet_dist.data.shards import Index, Shard
+from mtunet_dist.data.stamps import fingerprint, stamp, what_changed
 from mtunet_dist.errors import InputError
 from mtunet_dist.files import read_json
 from mtunet_dist.sources._images import PARTS, decode, resize
@@ -25,8 +26,11 @@ from mtunet_dist.sources._source import RawSample, Sample, Source
 class Split(ABC):
     """The samples of one split, or of several after one another, by position. Cheap to pickle.
 
-    What is common to all ways of storing; ``make_split`` gives the right one.
+    What is common to all ways of storing; ``make_split`` gives the right one. ``version`` differs where ``fingerprint``
+    is the same although files have been changed since.
     """
+
+    version = ""
 
     def __init__(self, root: Path, info: DatasetInfo, names: list[str]) -> None:
         self.root, self.info, self.names = root, info, names
@@ -135,7 +139,7 @@ class ShardSplit(Split):
 class SourceSplit(Split):
     """Samples left in the source, decoded at full size and resized each time they are asked for.
 
-    Raises InputError if the source lacks one of them, or if a file's size has changed since the dataset was prepared.
+    Raises InputError if the source lacks one of them, or if its files have changed since the dataset was prepared.
     """
 
     def __init__(self, root: Path, info: DatasetInfo, names: list[str]) -> None:
@@ -149,12 +153,23 @@ class SourceSplit(Split):
         missing = [key for name, key in wanted if (name, key) not in found]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise InputError(f"{settings.root}: sample {missing[0]}{more} has gone since it was prepared as {root}")
+            raise InputError(
+                f"{settings.root}: sample {missing[0]}{more} has gone since it was prepared as {root}; prepare it again"
+            )
         self.samples = [found[sample] for sample in wanted]
         with ThreadPoolExecutor(16) as pool:  # threads hide the latency of network disks
             for i, sizes in enumerate(pool.map(file_sizes, self.samples)):
                 if sizes != self._spans[:, i, 1].tolist():
-                    raise InputError(f"{self.describe(i)}: its files have changed since it was prepared as {root}")
+                    raise InputError(
+                        f"{self.describe(i)}: its files have changed since it was prepared as {root}; prepare it again"
+                    )
+            stamps = list(pool.map(stamp, self.samples))
+        for number, shard in enumerate(self.shards):
+            of_shard = np.flatnonzero(self._shard == number)
+            if shard.source not in ("", fingerprint(self.source, settings, (stamps[i] for i in of_shard))):
+                what = what_changed([self.samples[i] for i in of_shard], root / shard.file)
+                raise InputError(f"{root} is out of date: {what}; prepare it again")
+        self.version = fingerprint(self.source, settings, stamps)
 
     def decode(self, i: int) -> RawSample:
         """See ``Split.decode``."""

@@ -59,6 +59,10 @@ class Source(Protocol[S]):
     def depth(self) -> DepthInfo:
         """What the ``depth`` of a ``RawSample`` means."""
 
+    @property
+    def stamp(self) -> object:
+        """What all samples depend on beside files of their own: its ``repr`` changes when that does."""
+
     def splits(self) -> dict[str, list[S]]:
         """The samples of each split, sorted by key. InputError for a missing folder or a file without partners."""
 

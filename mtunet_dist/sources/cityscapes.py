@@ -97,6 +97,7 @@ class Cityscapes:
     """
 
     check = staticmethod(check_headers)
+    stamp = None
 
     def __init__(
         self,

@@ -28,7 +28,8 @@ class Folder:
         depth_kind: metric          # stored * depth_scale is metres; or inverse: a disparity without unit
         depth_scale: 0.001          # stored 0 is invalid
 
-    Only ``classes`` is required. Labels are 8-bit gray PNGs, depth 16-bit gray PNGs, RGB is JPEG or 8-bit PNG.
+    Only ``classes`` is required. Labels are 8-bit gray PNGs, depth 16-bit gray PNGs, RGB is JPEG or 8-bit PNG; all are
+    turned as their EXIF orientation says, so label and depth have to lie as a viewer shows the image.
 
     A sample may lack its label or its depth, a split the whole folder: such samples train the other task alone.
 
@@ -41,7 +42,7 @@ class Folder:
     def __init__(self, root: Path, *, allow_unlabelled: bool = False) -> None:
         self.root, self.allow_unlabelled = root, allow_unlabelled
         path = root / DESCRIPTION
-        description = _read_description(path)
+        description = self.stamp = _read_description(path)
         self.classes = _classes(description.classes, path)
         self._table = id_table(_class_ids(description, path), description.void_ids)
         if description.depth_kind == "metric":

@@ -35,6 +35,8 @@ class MTAN:
             taken as those of the source ``cityscapes``.
     """
 
+    stamp = None
+
     def __init__(self, root: Path, *, labels: Literal["label", "label_2", "label_7", "label_19"] = "label") -> None:
         self.root, self.labels = root, labels
         self.classes: tuple[ClassInfo, ...]

@@ -60,6 +60,7 @@ class NYUv2:
 
     classes = CLASSES
     depth = DepthInfo("metric", "metre", 0.001)
+    stamp = None
 
     check = staticmethod(check_headers)
 

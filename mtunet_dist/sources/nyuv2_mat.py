@@ -76,6 +76,15 @@ class NYUv2Mat:
         mapping = {raw: of_40[class_40 - 1] - 1 for raw, class_40 in enumerate(RAW_TO_40, start=1)}
         self._table = id_table(mapping, void=[0], size=len(RAW_TO_40) + 2)
 
+    @property
+    def stamp(self) -> list[int]:
+        """Size and time of the last change of the file that holds all samples."""
+        try:
+            found = self.path.stat()
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read: {error.strerror}") from None
+        return [found.st_size, found.st_mtime_ns]
+
     def splits(self) -> dict[str, list[ImageNumber]]:
         """See ``Source.splits``."""
         self._check_file()

@@ -1,0 +1,51 @@
+"""What samples were made from, in a word that is equal for as long as nothing of it is changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mtunet_dist.data.info import FORMAT, Settings
+from mtunet_dist.errors import InputError
+from mtunet_dist.sources._source import Sample, Source
+
+Stamp = list[Any]
+"""A sample, with size and time of the last change of each of its files; as JSON can say it."""
+
+
+def files_of(sample: Sample) -> list[Path]:
+    """The files that ``sample`` names."""
+    return [path for path in vars(sample).values() if isinstance(path, Path)]
+
+
+def stamp(sample: Sample) -> Stamp:
+    """The stamp of ``sample``. InputError if one of its files is not there."""
+    try:
+        found = [path.stat() for path in files_of(sample)]
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    return [repr(sample), *([stat.st_size, stat.st_mtime_ns] for stat in found)]
+
+
+def fingerprint(source: Source[Any], settings: Settings, stamps: Iterable[Stamp]) -> str:
+    """Equal where the same settings make the same samples of the same source files."""
+    meaning = [repr(source.classes), repr(source.depth), repr(source.stamp)]
+    content = [FORMAT, dataclasses.asdict(settings), meaning, list(stamps)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def what_changed(samples: Sequence[Sample], shard: Path) -> str:
+    """Of ``samples`` that do not have the fingerprint of their ``shard`` any more: a file that is younger than it.
+
+    Else, as when a sample was added or a copy was made, which samples are concerned.
+    """
+    made = shard.stat().st_mtime_ns if shard.is_file() else math.inf
+    for path in (path for sample in samples for path in files_of(sample)):
+        if path.stat().st_mtime_ns > made:
+            return f"{path} has changed"
+    return f"samples {samples[0].key} to {samples[-1].key}, or what describes them, are not as they were"
