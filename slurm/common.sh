@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2154
 # What the batch scripts share. They find it in the repository, so it is read when a job starts, not when it is
-# submitted.
+# submitted. They set home = the repository, and most_steps = as many as they start, at most.
 
 python=${MTUNET_PYTHON:-python}
 restarts=${SLURM_RESTART_COUNT:-0}
@@ -32,6 +32,13 @@ host_of() {
 }
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+
+# Slurm numbers a job's steps from 0 again when the job comes back. What is left of it on a node that was cut off ends its
+# own step by number as soon as it can, and would end ours: so this restart's numbers are not those of the two before.
+for ((i = restarts % 3 * most_steps; i > 0; i--)); do
+  srun --overlap --ntasks=1 --nodes=1 --nodelist="${nodes[0]}" --cpus-per-task=1 true &
+done
+wait
 
 # head = the address of the first node, which is this one, by which the others reach it: that of the route to one of
 # them, as its own name may mean the loopback here, or nothing.

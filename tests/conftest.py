@@ -21,7 +21,7 @@ torch.set_num_threads(1)  # as each rank has in these tests: with more, convolut
 HEIGHT, WIDTH = 32, 48
 COUNTS = {"train": 12, "val": 5}
 CLASSES = ["floor", "wall", "box"]
-LONGEST = ["test_slurm_real.py", "test_faults.py"]
+LONGEST = ["test_slurm_real.py", "test_faults.py", "test_slurm_hosts.py"]
 
 
 def write_folder_source(root: Path) -> None:

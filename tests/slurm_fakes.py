@@ -15,6 +15,9 @@ FAKES = {
         case "$*" in *own_address.py*)
             while [ "${1#--}" != "$1" ]; do shift; done
             exec "$@" ;;
+            *" true")
+            echo step >>"$RECORD/spent"
+            exit ;;
         esac
         printf '%s\0' "$@" >"$RECORD/srun"
         while [ "${1#--}" != "$1" ]; do shift; done

