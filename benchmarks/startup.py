@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from mtunet_dist import arguments
 from mtunet_dist.config import load_config
 from mtunet_dist.errors import InputError, command
 from turns import about, markdown, take_turns
@@ -86,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="Markdown")
+    parser.add_argument("--out", type=arguments.file(".md"), required=True, metavar="FILE", help="Markdown")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="of launch/local.py")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     args = parser.parse_intermixed_args()

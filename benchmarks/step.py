@@ -18,12 +18,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtunet_dist import distributed
+from mtunet_dist import arguments, distributed
 from mtunet_dist.config import Config, load_config
 from mtunet_dist.errors import InputError, command
 from mtunet_dist.machine import cpus
@@ -187,7 +186,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="Markdown")
+    parser.add_argument("--out", type=arguments.file(".md"), required=True, metavar="FILE", help="Markdown")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--width", nargs="+", choices=tuple(WIDTHS), default=tuple(WIDTHS))
     parser.add_argument("--size", default="128x256", metavar="HxW", help="of images")

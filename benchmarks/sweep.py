@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mtunet_dist import arguments
 from mtunet_dist.errors import InputError, command
 from mtunet_dist.machine import cpus
 from turns import about, markdown
@@ -98,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path, help="a sweep file whose scheduler is asha")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
-    parser.add_argument("--out", type=Path, help="a Markdown file for the table")
+    parser.add_argument("--out", type=arguments.file(".md"), help="a Markdown file for the table")
     args = parser.parse_args()
     if load_sweep(args.sweep, args.overrides).scheduler != "asha":
         raise InputError(f"{args.sweep}: scheduler must be asha, the others stop no trial")

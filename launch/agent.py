@@ -15,7 +15,6 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 import rendezvous
+from mtunet_dist import arguments, startup
 from mtunet_dist.config import Config
 from mtunet_dist.errors import HUNG, PREEMPTED, InputError
 from mtunet_dist.machine import cpus
@@ -178,6 +178,7 @@ def _set_environment(processes: int) -> None:
     """What the agent and its processes read from the environment."""
     # Left alone the agent gives every process all cores, and torchrun one.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus() // processes)))
+    startup.set_threads(os.environ)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = PASSED_ON
     # Without it a c10d agent makes one store for its processes and keeps it over restarts (dynamic_rendezvous.py,
     # _shared_tcp_store_server), while init_process_group counts on a new one for every try (rendezvous.py,
@@ -248,10 +249,10 @@ def _misfits(samples: int, processes: int, nodes: range) -> list[int]:
 
 def parser(description: str) -> argparse.ArgumentParser:
     """The part of the command line that is the same on one node and on many."""
-    made = argparse.ArgumentParser(description=description)
+    made = arguments.Parser(description=description)
     made.add_argument("--nproc", type=int, help="processes per node (default: one per GPU that the batch suits)")
     made.add_argument("--max-restarts", type=int, metavar="R", help="start again after R failures at most")
-    made.add_argument("config", type=Path, metavar="CONFIG")
+    made.add_argument("config", type=arguments.path, metavar="CONFIG")
     made.add_argument("overrides", nargs="*", metavar="key=value")
     return made
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
-from mtunet_dist.errors import closest
+from mtunet_dist import __version__, startup
+from mtunet_dist.errors import InputError, closest, command
 
 VERBS = {
     "synthesize": "write synthetic street scenes in the layout of Cityscapes",
@@ -21,11 +22,21 @@ VERBS = {
 
 def main() -> None:
     """Run the verb named first with the rest of the command line."""
+    startup.begin()
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb in VERBS:
+        sys.argv = [f"mtunet {verb}", *sys.argv[2:]]
+        importlib.import_module(f"mtunet_dist.{verb}").main()
+    else:
+        command(lambda: _about(verb))()
+
+
+def _about(verb: str) -> None:
+    """``--help``, ``--version``, or what is wrong with a verb that there is not."""
     if verb in ("-h", "--help"):
         print("usage: mtunet VERB ...\n\n" + "\n".join(f"  {name:<12}{text}" for name, text in VERBS.items()))
-        return
-    if verb not in VERBS:
-        sys.exit(f"error: unknown verb '{verb}'.{closest(verb, list(VERBS))} Available: {', '.join(VERBS)}")
-    sys.argv = [f"mtunet {verb}", *sys.argv[2:]]
-    importlib.import_module(f"mtunet_dist.{verb}").main()
+        print("\nmtunet VERB --help says more, mtunet --version which version this is")
+    elif verb == "--version":
+        print(f"mtunet_dist {__version__}")
+    else:
+        raise InputError(f"unknown verb '{verb}'.{closest(verb, list(VERBS))} Available: {', '.join(VERBS)}")

@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from mtunet_dist import terminal
+
 # Exit codes beside 2, an error of the user's. Both mean: the same command goes on.
 PREEMPTED = 75  # stopped on request, with a checkpoint; EX_TEMPFAIL of sysexits.h, "try again later"
 HUNG = 76  # nothing moved for config.timeout_s
@@ -60,6 +62,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     is another rank's own, which then speaks for itself. Anything unexpected keeps its traceback, but a collective
     that fails because another rank has ended waits to be ended as well, so that the cause alone is printed.
 
+    Ctrl-C ends it with a line and exit code 130, see ``terminal``, which also has what becomes of an output that fails.
+
     A process that does not come to its end, as its libraries' threads wait for one another, is ended after ``END_S``
     with exit code 1 and the stacks of its threads on stderr, or where Python has ended already by SIGALRM.
     """
@@ -68,23 +72,27 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     def wrapped() -> None:
         if not faulthandler.is_enabled():
             faulthandler.enable(2)  # else an end by SIGBUS, as of a failing disk under a map, would be without a word
-        try:
-            _run(main)
-        except MTUNetError as error:
-            if os.environ.get("LOCAL_RANK", "0") != "0":
-                time.sleep(PATIENCE_S)
-            preempted = isinstance(error, PreemptedError)
-            print(error if preempted else f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(PREEMPTED if preempted else 1 if isinstance(error, LostProcessError) else 2)
-        except RuntimeError:
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                time.sleep(2 * PATIENCE_S)
-            raise
-        except KeyboardInterrupt:
-            sys.exit(130)
-        finally:
-            # Only as the interpreter ends, as a caller of ``main`` may live on; before it waits for threads, if it can.
-            getattr(threading, "_register_atexit", atexit.register)(_end_in_time)
+        with terminal.interrupts(), terminal.Output():
+            try:
+                _run(main)
+            except MTUNetError as error:
+                if os.environ.get("LOCAL_RANK", "0") != "0":
+                    time.sleep(PATIENCE_S)
+                preempted = isinstance(error, PreemptedError)
+                terminal.say(error if preempted else f"error: {error}")
+                sys.exit(PREEMPTED if preempted else 1 if isinstance(error, LostProcessError) else 2)
+            except RuntimeError:
+                if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                    time.sleep(2 * PATIENCE_S)
+                raise
+            except KeyboardInterrupt as error:
+                if os.environ.get("LOCAL_RANK", "0") == "0":
+                    terminal.say(str(error) or "interrupted")
+                sys.exit(terminal.INTERRUPTED)
+            finally:
+                # Only as the interpreter ends, as a caller of ``main`` may live on; before it waits for threads, if it
+                # can.
+                getattr(threading, "_register_atexit", atexit.register)(_end_in_time)
 
     return wrapped
 
@@ -100,7 +108,12 @@ def _run(main: Callable[[], None]) -> None:
 
 
 def _end_in_time() -> None:
-    """Neither needs the interpreter's lock, so they end any deadlock; the second those of the libraries' own exits."""
+    """Neither needs the interpreter's lock, so they end any deadlock; the second those of the libraries' own exits.
+
+    Ctrl-C meanwhile ends the process at once: nobody would hear of a KeyboardInterrupt.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     faulthandler.dump_traceback_later(END_S, exit=True, file=2)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(END_S + 5)

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from mtunet_dist import checkpoint, distributed
+from mtunet_dist import arguments, checkpoint, distributed
 from mtunet_dist.baselines import ConstantPredictor
 from mtunet_dist.config import Config, config_from_text
 from mtunet_dist.data.info import DatasetInfo
@@ -125,7 +125,7 @@ def add_run_argument(parser: argparse.ArgumentParser) -> None:
     """The ``path`` that ``load_run`` takes, on a command line."""
     parser.add_argument(
         "path",
-        type=Path,
+        type=arguments.path,
         metavar="RUN_OR_CHECKPOINT",
         help="a checkpoint, or a run folder: its best.pt, else its newest",
     )
@@ -173,12 +173,13 @@ def _cell(key: str, value: float) -> str:
 @command
 def main() -> None:
     """Print the table and write ``evaluation-SPLIT.json`` beside the checkpoints."""
-    parser = argparse.ArgumentParser(prog="python -m mtunet_dist.evaluate", description=__doc__.splitlines()[0])
+    parser = arguments.parser("evaluate", __doc__.splitlines()[0])
     add_run_argument(parser)
     parser.add_argument("--split", help="a split of the dataset, or several: train+val (default: the run's data.eval)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run's config, as data.root=")
+    arguments.add_device(parser)
     args = parser.parse_intermixed_args()
-    state, config, file = load_run(args.path, args.overrides)
+    state, config, file = load_run(args.path, arguments.overrides(args))
     device = distributed.pick_device(config.device)
     with distributed.process_group(device, config.timeout_s):
         dataset = PreparedDataset(Path(config.data.root))

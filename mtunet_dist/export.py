@@ -7,7 +7,6 @@ metadata, all text, say how to use them: ``config`` (YAML), ``dataset`` (JSON: c
 
 from __future__ import annotations
 
-import argparse
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from mtunet_dist import checkpoint
+from mtunet_dist import arguments, checkpoint
 from mtunet_dist.errors import InputError, command
 from mtunet_dist.evaluate import add_run_argument, load_run
 from mtunet_dist.multitask import IMAGE_MEAN, IMAGE_STD
@@ -49,9 +48,15 @@ def export(state: checkpoint.State, out: Path) -> int:
 @command
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mtunet_dist.export", description=__doc__.splitlines()[0])
+    parser = arguments.parser("export", __doc__.splitlines()[0])
     add_run_argument(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write, FILE.safetensors")
+    parser.add_argument(
+        "--out",
+        type=arguments.file(".safetensors"),
+        required=True,
+        metavar="FILE",
+        help="where to write, FILE.safetensors",
+    )
     args = parser.parse_args()
     state, _, file = load_run(args.path, [])
     numbers = export(state, args.out)

@@ -2,9 +2,61 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+TOP = Path("/")
 
 
-def cpus() -> int:
-    """CPU cores that this process may use, which a job or container may have fewer of than the machine."""
+def cpus(root: Path = TOP) -> int:
+    """CPU cores that this process may use, at least 1.
+
+    A process may be bound to some, a container have a share of their time (half a core counts as one), and a Slurm job
+    fewer than it sees.
+    """
+    counts = [affinity(), *(math.ceil(share) for share in _shares(root))]
+    if (slurm := os.environ.get("SLURM_CPUS_ON_NODE", "")).isdecimal():
+        counts.append(int(slurm))
+    return max(1, min(counts))
+
+
+def affinity() -> int:
+    """CPU cores that this process is bound to."""
     return len(os.sched_getaffinity(0))
+
+
+def control_groups(controller: str, root: Path = TOP) -> Iterator[tuple[Path, bool]]:
+    """The folders of the control groups that this process is in, its own first, and whether they are of version 2.
+
+    A parent may be stricter; in a container the path may be the host's, and only the topmost folder is there.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / controllers
+        if controllers and not top.is_dir():
+            top = root / "sys/fs/cgroup" / controller
+        folder = top / path.lstrip("/")
+        for group in [folder, *folder.parents[: len(folder.parts) - len(top.parts)]]:
+            yield group, not controllers
+
+
+def _shares(root: Path) -> Iterator[float]:
+    """How many cores' time each limit gives."""
+    for group, is_v2 in control_groups("cpu", root):
+        with suppress(OSError, ValueError):
+            if is_v2:
+                quota, period = (group / "cpu.max").read_text(encoding="utf-8").split()
+            else:
+                names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+                quota, period = ((group / name).read_text(encoding="utf-8").strip() for name in names)
+            if quota not in ("max", "-1"):
+                yield int(quota) / int(period)

@@ -7,8 +7,8 @@ alone, not the dataset.
 
 from __future__ import annotations
 
-import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.progress import track
 from torch import Tensor
 
-from mtunet_dist import distributed, pictures
+from mtunet_dist import arguments, distributed, pictures
 from mtunet_dist.data.info import DatasetInfo
 from mtunet_dist.errors import InputError, command
 from mtunet_dist.evaluate import add_run_argument, load_run, load_step
@@ -67,6 +67,11 @@ def write(out: Path, stem: str, rgb: np.ndarray, results: dict[str, np.ndarray],
     Image.fromarray(pictures.row(tiles)).save(out / f"{stem}.preview.png")
 
 
+def is_override(word: str) -> bool:
+    """Whether a word of the command line is ``key=value`` and no image."""
+    return re.match(r"[a-z_]+(\.[a-z_]+)*=", word) is not None and not Path(word).exists()
+
+
 def find_images(paths: Sequence[Path]) -> list[Path]:
     """The images among ``paths`` and in the folders among them. InputError if one is neither, or stems collide."""
     images: dict[str, Path] = {}
@@ -78,6 +83,8 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
             if image.stem in images:
                 raise InputError(f"{image} and {images[image.stem]} have the same stem; predict them apart")
             images[image.stem] = image
+    if not paths:
+        raise InputError("the following arguments are required: IMAGE; mtunet predict --help says more")
     if not images:
         raise InputError(f"no image ({', '.join(SUFFIXES)}) in {', '.join(map(str, paths))}")
     return list(images.values())
@@ -98,17 +105,18 @@ def _resized(x: Tensor, size: tuple[int, int], resample: Image.Resampling) -> np
 @command
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mtunet_dist.predict", description=__doc__.splitlines()[0])
+    parser = arguments.parser("predict", __doc__.splitlines()[0])
     add_run_argument(parser)
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of them")
-    parser.add_argument("--out", type=Path, required=True, help="where the results go")
     parser.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="whatever it was trained on; default auto"
+        "words", nargs="+", metavar="IMAGE", help="image files, or folders of them; key=value changes the run's config"
     )
-    args = parser.parse_args()
-    images = find_images(args.images)
+    parser.add_argument("--out", type=arguments.folder, required=True, metavar="FOLDER", help="where the results go")
+    arguments.add_device(parser)
+    args = parser.parse_intermixed_args()
+    args.overrides = [word for word in args.words if is_override(word)]
+    images = find_images([arguments.path(word) for word in args.words if not is_override(word)])
     check_out(args.out, images)
-    state, config, file = load_run(args.path, [f"device={args.device}"])
+    state, config, file = load_run(args.path, ["device=auto", *arguments.overrides(args)])  # whatever it was trained on
     device = distributed.pick_device(config.device)
     info = DatasetInfo.from_json(json.loads(state["dataset"]))
     step = load_step(state, config, device)

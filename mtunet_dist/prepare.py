@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mtunet_dist import __version__, plugins
+from mtunet_dist import __version__, arguments, plugins
 from mtunet_dist.config import plugin_options
 from mtunet_dist.data.info import FORMAT, INFO_FILE, DatasetInfo, Settings, Stored, index_name
 from mtunet_dist.data.prepared import PreparedDataset, compare_source, verify_sums
@@ -250,10 +250,12 @@ def _integer(least: int) -> Callable[[str], int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mtunet_dist.prepare", description=__doc__)
+    parser = arguments.parser("prepare", __doc__)
     parser.add_argument("source", nargs="?", metavar="SOURCE", help=", ".join(plugins.available("source")))
-    parser.add_argument("root", nargs="?", metavar="ROOT", help="folder or file of the source dataset")
-    parser.add_argument("out", nargs="?", metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "root", nargs="?", type=arguments.home, metavar="ROOT", help="folder or file of the source dataset"
+    )
+    parser.add_argument("out", nargs="?", type=arguments.folder, metavar="OUT", help="folder to write")
     parser.add_argument("options", nargs="*", metavar="KEY=VALUE", help="options of the source, see its class")
     parser.add_argument("--size", type=_size, default=(128, 256), metavar="HEIGHTxWIDTH", help="default 128x256")
     parser.add_argument("--rgb", choices=["jpeg", "png"], default="jpeg", help="jpeg: quality 95, 4:4:4; png: lossless")
@@ -270,7 +272,7 @@ def _parser() -> argparse.ArgumentParser:
         "--no-copy", action="store_true", help="only check and list; training then decodes the source's own files"
     )
     parser.add_argument(
-        "--verify", type=Path, metavar="OUT", help="only check the dataset in OUT: checksums, and its source"
+        "--verify", type=arguments.path, metavar="OUT", help="only check the dataset in OUT: checksums, and its source"
     )
     return parser
 

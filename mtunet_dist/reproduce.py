@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from mtunet_dist import arguments
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError, closest, command
 from mtunet_dist.folder_lock import lock_folder
@@ -194,10 +195,10 @@ def targets_of(words: Sequence[str]) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="python -m mtunet_dist.reproduce", description=__doc__.splitlines()[0])
+    made = arguments.parser("reproduce", __doc__.splitlines()[0])
     made.add_argument("words", nargs="+", metavar="TARGET", help=f"{', '.join(TARGETS)} or all; key=value for all runs")
     made.add_argument("--budget", choices=list(BUDGETS), default="smoke", help="widths, epochs and seeds")
-    made.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="default %(default)s")
+    made.add_argument("--out", type=arguments.folder, default=Path("runs/reproduce"), help="default %(default)s")
     made.add_argument(
         "--on",
         choices=[STREETS, *THE_USERS],
@@ -217,9 +218,19 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at a time (default 1)")
     for name in THE_USERS:
-        made.add_argument(f"--{name}", metavar="DIR", default=f"data/{name}", help="prepared; default %(default)s")
+        made.add_argument(
+            f"--{name}",
+            type=arguments.home,
+            metavar="DIR",
+            default=f"data/{name}",
+            help="prepared; default %(default)s",
+        )
     made.add_argument(
-        f"--{STREETS}", metavar="DIR", type=Path, default=Path("data"), help="where --on streets writes; default data"
+        f"--{STREETS}",
+        metavar="DIR",
+        type=arguments.path,
+        default=Path("data"),
+        help="where --on streets writes; default data",
     )
     return made
 

@@ -5,7 +5,6 @@ The picture has the share of each class, how depth is distributed, and samples, 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from mtunet_dist import pictures
+from mtunet_dist import arguments, pictures
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.data.report import table
 from mtunet_dist.data.splits import Split
@@ -116,14 +115,16 @@ def _pixels(figure: Figure) -> np.ndarray:
 @command
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mtunet_dist.summary", description=__doc__)
-    parser.add_argument("dataset", type=Path, metavar="DATASET", help="a folder that prepare has written")
-    parser.add_argument("--out", type=Path, metavar="FILE.png", help="the picture (default: DATASET/summary.png)")
+    parser = arguments.parser("summary", __doc__)
+    parser.add_argument("dataset", type=arguments.path, metavar="DATASET", help="a folder that prepare has written")
+    parser.add_argument(
+        "--out", type=arguments.file(".png"), metavar="FILE.png", help="the picture (default: DATASET/summary.png)"
+    )
     args = parser.parse_args()
     out: Path = args.out or args.dataset / "summary.png"
     dataset = PreparedDataset(args.dataset)
-    if out.suffix != ".png" or not out.parent.is_dir():
-        raise InputError(f"--out {out}: must end with .png and lie in a folder that exists")
+    if not out.parent.is_dir():
+        raise InputError(f"--out={out} must lie in a folder that exists")
     Console().print(table(dataset))
     Image.fromarray(draw(dataset)).save(out)
     print(f"picture: {out}")

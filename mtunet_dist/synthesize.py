@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -18,10 +16,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from mtunet_dist import arguments
 from mtunet_dist.errors import InputError, LostProcessError, command
 from mtunet_dist.machine import cpus
 from mtunet_dist.sources.folder import check_outside
 from mtunet_dist.synthetic.tree import CITIES, GENERATOR, Settings, scene_files, write_scene
+from mtunet_dist.workers import Pool
 
 RECORD = "synthetic.json"
 _LEAST = {"train": 0, "val": 0, "test": 0, "height": 32, "width": 32, "seed": 0}
@@ -49,11 +49,11 @@ def synthesize(out: Path, settings: Settings, workers: int = 1) -> None:
 
 @contextmanager
 def _pool(workers: int) -> Iterator[partial[Iterator[None]] | type[map[None]]]:
-    """A ``map`` over processes, or the plain one; processes are spawned, since a caller may hold threads."""
+    """A ``map`` over processes, or the plain one."""
     if workers <= 1:
         yield map
         return
-    executor = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    executor = Pool(workers)
     try:
         yield partial(executor.map, chunksize=2)
     except BrokenProcessPool:
@@ -99,10 +99,8 @@ def _claim(out: Path, settings: Settings) -> None:
 def main() -> None:
     """Parse the command line and synthesize."""
     defaults = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m mtunet_dist.synthesize", description=__doc__, formatter_class=defaults
-    )
-    parser.add_argument("out", type=Path, help="folder to write; a run that was cut off goes on there")
+    parser = arguments.parser("synthesize", __doc__, formatter_class=defaults)
+    parser.add_argument("out", type=arguments.folder, help="folder to write; a run that was cut off goes on there")
     meaning = {"train": "scenes", "val": "scenes", "test": "scenes", "height": "pixels", "width": "pixels"}
     for setting in fields(Settings):
         text = meaning.get(setting.name, "number that all scenes derive from")

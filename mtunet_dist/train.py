@@ -6,18 +6,16 @@ been.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mtunet_dist import distributed, optim, pictures, resume
+from mtunet_dist import arguments, distributed, optim, pictures, resume
 from mtunet_dist.config import Config, load_config
 from mtunet_dist.errors import NonFiniteLossError, PreemptedError, command
 from mtunet_dist.evaluate import evaluate
@@ -237,14 +235,12 @@ def _summary(run: Run) -> str:
 @command
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mtunet_dist.train",
-        description="Train, or resume a training. Every key is listed in mtunet_dist/config.py.",
-    )
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, as those in configs/")
+    parser = arguments.parser("train", "Train, or resume a training. Every key is listed in mtunet_dist/config.py.")
+    parser.add_argument("config", type=arguments.path, metavar="CONFIG", help="a YAML file, as those in configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
-    args = parser.parse_args()
-    train(load_config(args.config, args.overrides))
+    arguments.add_device(parser)
+    args = parser.parse_intermixed_args()
+    train(load_config(args.config, arguments.overrides(args)))
 
 
 if __name__ == "__main__":

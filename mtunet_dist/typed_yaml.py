@@ -158,7 +158,8 @@ def _parse_overrides(schema: type, words: Sequence[str]) -> Any:
         if any("\ud800" <= character <= "\udfff" for character in word):  # how Python reads bytes that are no text
             raise InputError(f"{word!a} is not UTF-8, which config.yaml is")
         try:
-            if _is_text(kind_of(schema, key)):
+            kind = kind_of(schema, key)
+            if _is_text(kind) and not (value == "null" and type(None) in get_args(kind)):
                 put_text(layer, key, value)
             else:
                 layer.merge_with_dotlist([word])
@@ -182,7 +183,9 @@ def kind_of(schema: Any, key: str) -> Any:
 
 
 def _is_text(kind: Any) -> bool:
-    """Whether a key of this type holds a string."""
+    """Whether a key of this type holds a string, or may be null."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return all(part is type(None) or _is_text(part) for part in get_args(kind))
     return kind is str or (get_origin(kind) is Literal and all(isinstance(value, str) for value in get_args(kind)))
 
 
@@ -296,7 +299,7 @@ def _shown(value: Any) -> str:
 def _reason(schema: type, layers: list[Any], error: RefusedError) -> str:
     """Why OmegaConf refuses a value: the key, the value that was given, and what it may be."""
     key = (error.full_key or "").split("[")[0]
-    value: Any = None
+    value: Any = next((f.default for f in dataclasses.fields(schema) if f.name == key), None)
     for layer in layers:
         value = _value_at(layer, key, value)
     if isinstance(error, InterpolationResolutionError) and not isinstance(error, ValidationError):

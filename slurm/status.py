@@ -7,7 +7,6 @@ reported in a checkpoint, or as its job said at its end), or failed.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import re
@@ -21,7 +20,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from mtunet_dist import records
+from mtunet_dist import arguments, records
 from mtunet_dist.errors import PREEMPTED, InputError, command
 from mtunet_dist.folder_lock import LOCK
 
@@ -141,8 +140,8 @@ def table(statuses: list[Status]) -> Table:
 @command
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="default: runs")
+    parser = arguments.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=arguments.path, nargs="?", default=Path("runs"), help="default: runs")
     folder: Path = parser.parse_args().folder
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder")

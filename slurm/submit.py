@@ -23,6 +23,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from job_script import Job, Options, render
+from mtunet_dist import arguments
 from mtunet_dist.config import Config, load_config
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
@@ -139,11 +140,11 @@ VERBS: dict[str, Callable[[Sequence[str], Options], Work]] = {
 def parse(words: Sequence[str]) -> tuple[argparse.Namespace, Options, list[str]]:
     """The command line: ours, the job's options, and the words of the verb."""
     kinds = get_type_hints(Options)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
-    )
+    parser = arguments.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
     parser.add_argument("verb", choices=VERBS)
-    parser.add_argument("--profile", type=Path, metavar="CLUSTER.yaml", help="options for all jobs on a cluster")
+    parser.add_argument(
+        "--profile", type=arguments.path, metavar="CLUSTER.yaml", help="options for all jobs on a cluster"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
     parser.add_argument("--local", action="store_true", help="run the same script here, without Slurm")
     for name, kind in kinds.items():

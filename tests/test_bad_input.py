@@ -13,7 +13,7 @@ import pytest
 
 import agent
 import local
-from mtunet_dist import cli, evaluate, predict, prepare, train
+from mtunet_dist import evaluate, predict, prepare, train
 from mtunet_dist.config import Config
 
 REPOSITORY = Path(__file__).parent.parent
@@ -115,12 +115,6 @@ def test_evaluate_and_predict_refuse(fail: Fail, tmp_path: Path) -> None:
     foreign.write_bytes(b"not a checkpoint")
     assert "foreign.pt" in fail(evaluate.main, foreign)
     assert "no.png does not exist" in fail(predict.main, foreign, tmp_path / "no.png", "--out", tmp_path)
-
-
-def test_unknown_verb_is_refused_with_the_valid_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["mtunet", "trian"])
-    with pytest.raises(SystemExit, match=r"trian.*Did you mean 'train'.*evaluate"):
-        cli.main()
 
 
 def test_more_processes_than_samples_end_with_one_line_and_no_hang(overrides: list[str], empty_config: Path) -> None:

@@ -10,9 +10,9 @@ PACKAGE = REPOSITORY / "mtunet_dist"
 
 # Each layer may import the ones above it and its own. First match wins; a file that matches none fails the test.
 LAYERS = [
-    ["errors", "machine", "schema", "preemption", "addresses", "children"],
+    ["errors", "machine", "schema", "preemption", "terminal", "addresses", "children"],
     ["plugins", "finite", "distributed", "environment", "files", "folder_lock", "place", "records", "sync_batchnorm"],
-    ["key_hints"],
+    ["key_hints", "arguments", "startup", "workers"],
     ["typed_yaml"],
     ["config"],
     ["losses", "metrics", "models", "synthetic"],

@@ -7,7 +7,6 @@ checkpoints. ``--report`` only writes the report of what is there, also while th
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from mtunet_dist import arguments
 from mtunet_dist.errors import InputError, command
 from mtunet_dist.files import write_atomically, write_text
 from mtunet_dist.folder_lock import lock_folder
@@ -105,13 +105,13 @@ def left(sweep: Sweep) -> int:
 @command
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments.Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--address", metavar="HOST:PORT", help="a Ray that runs already, as slurm/sweep.sbatch starts it"
     )
     parser.add_argument("--nodes", type=int, metavar="N", help="with --address: begin when that Ray has N nodes")
     parser.add_argument("--report", action="store_true", help="run nothing, write the report of what is there")
-    parser.add_argument("sweep", type=Path, metavar="SWEEP", help="a YAML file, as tune/lr.yaml")
+    parser.add_argument("sweep", type=arguments.path, metavar="SWEEP", help="a YAML file, as tune/lr.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     args = parser.parse_intermixed_args()
     if args.nodes is not None and (args.address is None or args.nodes < 1):

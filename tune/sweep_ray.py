@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import torch
 
+from mtunet_dist import startup
 from mtunet_dist.errors import InputError
 from mtunet_dist.machine import cpus
 from sweep_config import Sweep
@@ -108,6 +109,7 @@ def local_ray() -> Iterator[None]:
     """A Ray of this command's own; nothing of it stays."""
     # What Ray kills for want of memory ends Tune; what the kernel kills, Ray's workers first, is tried again.
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+    startup.set_threads(os.environ)
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray leaves one in the home folder
     # Ray's sockets lie below, and their paths must be short.
     with tempfile.TemporaryDirectory(prefix="ray_", ignore_cleanup_errors=True) as folder:

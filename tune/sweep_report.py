@@ -49,7 +49,7 @@ def report(trials: Sequence[Trial], sweep: Sweep, base: Path, console: Console) 
     console.print(table(ranking, sweep))
     lines = [f"{t.id} failed: {t.error}" for t in trials if t.status == "failed"]
     lines += [f"trials: {counts(trials)}", f"best: {best_line(best, sweep)}"]
-    lines += [f"again:   python -m mtunet_dist.train {sweep.dir / 'best.yaml'}"] if best else []
+    lines += [f"again:   mtunet train {sweep.dir / 'best.yaml'}"] if best else []
     lines += [f"report:  {sweep.dir / 'report.md'}; {sweep.dir / 'results.csv'}; run folders: {sweep.dir / 'trials'}"]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     if best is None and trials and not any(t.status == "unfinished" or t.failure == "lost" for t in trials):
@@ -176,7 +176,7 @@ def _best(ranking: Ranking, sweep: Sweep) -> Iterator[str]:
         yield "None yet: no trial has ended with a value."
         return
     yield f"Trial {best_line(best, sweep)}. Its config is [best.yaml](best.yaml); to train it again:"
-    yield f"    python -m mtunet_dist.train {sweep.dir / 'best.yaml'}"
+    yield f"    mtunet train {sweep.dir / 'best.yaml'}"
     if best.status == "stopped":
         yield "No trial finished: a whole training with these settings may do better or worse than others."
     if ranking.front:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mtunet_dist import distributed
 from mtunet_dist.errors import InputError
+from mtunet_dist.machine import control_groups
 
 MARGIN = 0.9  # the share of free memory that may be taken
 
@@ -41,19 +42,11 @@ def free_memory(root: Path = Path("/")) -> int:
     """Bytes that this process may still allocate: what the machine has left, or less where a cgroup limits it."""
     meminfo = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
     free = int(meminfo["MemAvailable"].split()[0]) * 1024
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            top = root / "sys/fs/cgroup/memory"
+    for group, is_v2 in control_groups("memory", root):
+        names = ("memory.max", "memory.current", "inactive_file")
+        if not is_v2:
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        folder = top / path.lstrip("/")
-        # A parent may be stricter; in a container the path may be the host's, and only the top is there.
-        for group in [folder, *folder.parents[: len(folder.parts) - len(top.parts)]]:
-            free = min(free, _left_in(group, *names, otherwise=free))
+        free = min(free, _left_in(group, *names, otherwise=free))
     return max(free, 0)
 
 

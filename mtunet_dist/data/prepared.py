@@ -95,7 +95,7 @@ def _read_info(root: Path) -> DatasetInfo:
     path = root / INFO_FILE
     if not path.is_file():
         state = "is not a complete prepared dataset" if root.is_dir() else "does not exist"
-        raise InputError(f"{shown(root)} {state} (no {INFO_FILE}); make it with python -m mtunet_dist.prepare")
+        raise InputError(f"{shown(root)} {state} (no {INFO_FILE}); make it with mtunet prepare")
     value = read_json(path)
     version = value.get("format") if isinstance(value, dict) else None
     if version != FORMAT:
