@@ -77,8 +77,7 @@ def prepare_step(variant: Variant, height: int, width: int, device: torch.device
 
 
 def prepare_matmul(precision: str, size: int, device: torch.device) -> Callable[[], object]:
-    """The product of two matrices, with TensorFloat32 wherever convolutions use it."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    """The product of two matrices."""
     a, b = torch.randn(2, size, size, device=device).to(DTYPES[precision])
     return lambda: a @ b
 
