@@ -4,7 +4,12 @@ set -euo pipefail
 script=$1
 shift
 
-gpus=$(nvidia-smi -L 2>/dev/null || true)
+# What torch counts: CUDA_VISIBLE_DEVICES if it is set, or else the GPUs themselves, without the parts of a divided one.
+if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+  gpus=${CUDA_VISIBLE_DEVICES//,/$'\n'}
+else
+  gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true)
+fi
 export SLURM_JOB_ID=$$ SLURM_JOB_NUM_NODES=1 SLURM_JOB_NODELIST=localhost SLURM_NODEID=0 SLURM_SUBMIT_DIR=$PWD
 export SLURM_CPUS_ON_NODE SLURM_GPUS_ON_NODE
 SLURM_CPUS_ON_NODE=$(nproc)

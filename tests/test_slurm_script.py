@@ -237,3 +237,22 @@ def test_shellcheck_finds_nothing() -> None:
     scripts = sorted(str(p) for folder in (SCRIPT.parent, Path(__file__).parent) for p in folder.glob("*.s*h"))
     done = subprocess.run([shellcheck, "-x", *scripts], cwd=SCRIPT.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus"),
+    [(None, "2"), ("", "0"), ("1", "1"), ("0,1,5", "3"), ("GPU-aa,GPU-bb", "2")],
+)
+def test_without_slurm_the_gpus_are_those_that_torch_would_see(tmp_path: Path, visible: str | None, gpus: str) -> None:
+    """``nvidia-smi -L``, which also lists the parts of a divided GPU, would count three."""
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\ncase $1 in -L) printf 'GPU 0\\n  MIG\\nGPU 1\\n' ;; *) printf '0\\n1\\n' ;; esac\n")
+    fake.chmod(0o755)
+    script = tmp_path / "script.sh"
+    script.write_text("echo $SLURM_GPUS_ON_NODE\n")
+    environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    command = ["bash", str(SCRIPT.parent / "local.sh"), str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [gpus]

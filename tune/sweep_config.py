@@ -113,8 +113,11 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         raise InputError(
             f"pbt: quantile={sweep.pbt.quantile} must be in (0, 0.5], resample={sweep.pbt.resample} in [0, 1]"
         )
-    if sweep.gpus_per_worker > 1 and not sweep.gpus_per_worker.is_integer():
-        raise InputError(f"gpus_per_worker={sweep.gpus_per_worker} must be a fraction of one or a whole number")
+    if sweep.gpus_per_worker > 1:
+        raise InputError(
+            f"gpus_per_worker={sweep.gpus_per_worker:g} must be at most 1: a process trains on one GPU; "
+            "for more GPUs per trial raise workers_per_trial"
+        )
     if not sweep.dimensions:
         raise InputError("space is empty; name a config key, such as space.optim.lr.loguniform=[1e-4,1e-2]")
     own = {"run_dir": "each trial gets its own in the sweep's run_dir"}
