@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import difflib
+import errno
 import faulthandler
 import functools
 import os
@@ -98,11 +99,11 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def _run(main: Callable[[], None]) -> None:
-    """A file or folder that this user may not read or write is the user's to mend, whoever came upon it."""
+    """A file or folder that may not be read or written is the user's to mend, whoever came upon it."""
     try:
         main()
-    except PermissionError as error:
-        if error.filename is None:
+    except OSError as error:
+        if error.filename is None or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         raise InputError(f"{os.fsdecode(error.filename)}: {error.strerror}") from None
 

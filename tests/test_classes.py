@@ -63,13 +63,15 @@ def make_source(root: Path, description: object, label: np.ndarray) -> Path:
 def test_bad_classes_are_refused_for_every_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], words: str
 ) -> None:
-    (tmp_path / "dataset.yaml").write_text(yaml.safe_dump({"classes": names}), encoding="utf-8")
+    root = tmp_path / "source"
+    root.mkdir()
+    (root / "dataset.yaml").write_text(yaml.safe_dump({"classes": names}), encoding="utf-8")
     with pytest.raises(InputError, match=r"dataset\.yaml: ") as error:
-        Folder(tmp_path)
+        Folder(root)
     assert words in str(error.value)
     monkeypatch.setattr(NYUv2, "classes", infos(names))  # one of those that come with classes of their own
     with pytest.raises(InputError, match="source 'nyuv2' at ") as error:
-        prepare("nyuv2", tmp_path, tmp_path / "out", workers=0)
+        prepare("nyuv2", root, tmp_path / "out", workers=0)
     assert words in str(error.value) and not (tmp_path / "out").exists()
 
 

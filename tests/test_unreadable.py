@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mtunet_dist.config import Config, load_config, save_config
+from mtunet_dist.errors import command
 
 # root reads everything while it has its capabilities, so the command gives them up.
 RUN = """
@@ -75,3 +78,21 @@ def test_a_folder_to_write_to(source: Path, tmp_path: Path) -> None:
     for out in (tmp_path / "closed", tmp_path / "closed" / "out"):
         error = error_of("prepare", "folder", source, out, "--workers", "0")
         assert "closed" in error and "Permission denied" in error
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_what_may_not_be_written_is_one_line_and_other_failures_keep_their_traceback(
+    capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    @command
+    def main() -> None:
+        raise OSError(raised, os.strerror(raised), "disk/summary.png")
+
+    raised = number
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: disk/summary.png: {os.strerror(number)}\n"
+    raised = errno.EIO
+    with pytest.raises(OSError, match="Input/output error"):
+        main()
