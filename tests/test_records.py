@@ -14,14 +14,17 @@ from training import MakeConfig, assert_same_state, final_state
 
 import status
 import sweep_folder
-from mtunet_dist import evaluate, records, reproduce
+from mtunet_dist import evaluate, records
 from mtunet_dist.config import Config
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.reproduction import figures
+from mtunet_dist.reproduction.experiments import Row
+from mtunet_dist.reproduction.measuring import constant_metrics
 from mtunet_dist.reproduction.trainings import Training
 from mtunet_dist.tracking import StepReport, Tracker
 from mtunet_dist.train import train
 
+ROW = Row("mtunet", "nyuv2")
 Damage = Callable[[bytes], bytes]
 Reader = Callable[[Path, Config], object]
 
@@ -61,7 +64,7 @@ def by_training(folder: Path, config: Config) -> None:
 
 
 def by_reproduce(folder: Path, config: Config) -> None:
-    training = Training("mtunet", dataclasses.replace(config, run_dir=str(folder)), total_steps=3, parameters=0)
+    training = Training(ROW, dataclasses.replace(config, run_dir=str(folder)), total_steps=3, parameters=0)
     assert training.metrics is not None  # its checkpoint has them
     assert training.minutes >= 0
     dataset = PreparedDataset(Path(config.data.root))
@@ -153,12 +156,11 @@ def test_what_is_known_of_the_constant_predictor_is_found_again_where_it_is_dama
 ) -> None:
     _, config = run
     config = dataclasses.replace(config, run_dir=str(tmp_path / "table" / "system" / "seed0"))
-    training = Training("mtunet", config, total_steps=3, parameters=0)
-    dataset = PreparedDataset(Path(config.data.root))
-    row = reproduce.constant_row(training, dataset)
+    training = Training(ROW, config, total_steps=3, parameters=0)
+    metrics = constant_metrics(training, "val")
     for damage in (b"\xff", b"[]", b"", json.dumps({"of": None, "metrics": 3}).encode()):
         (tmp_path / "table" / "constant.json").write_bytes(damage)
-        assert reproduce.constant_row(training, dataset) == row
+        assert constant_metrics(training, "val") == metrics
 
 
 def test_a_line_after_one_that_was_cut_short_is_whole(tmp_path: Path) -> None:
