@@ -101,8 +101,8 @@ def weights(trainings: Sequence[Training], split: Split) -> np.ndarray:
     for number, (metric, title) in enumerate(METRICS.items()):
         axes = figure.add_subplot(grid[divmod(number, 2)])
         for place, system in enumerate(systems):
-            of_runs = [(t.metrics or {}).get(metric) for t in trainings if t.row.system == system]
-            of_runs = [value for value in of_runs if value is not None]
+            measured = [t.metrics or {} for t in trainings if t.row.system == system]
+            of_runs = [metrics[metric] for metrics in measured if metric in metrics]
             axes.plot([place] * len(of_runs), of_runs, "o", color=f"C{place}", markersize=5)
             if of_runs:
                 axes.plot([place], [statistics.fmean(of_runs)], "_", color=f"C{place}", markersize=28)
