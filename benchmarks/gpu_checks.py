@@ -223,7 +223,7 @@ def speed(out: Path, dry: bool) -> Found:
     """Steps at full width: eager, cudnn.benchmark, compiled, CUDA graphs, at batch 2, 8 and 32."""
     device, lines, best = _device(dry), [], 0.0
     sizes, size = ((1,), (32, 64)) if dry else ((2, 8, 32), (128, 256))
-    variants = {"eager": [], "benchmark": []} | ({} if dry else {"compiled": ["compile=true"]})
+    variants: dict[str, list[str]] = {"eager": [], "benchmark": []} | ({} if dry else {"compiled": ["compile=true"]})
     if not dry:
         variants["graphs"] = ["compile=true", "compile_mode=reduce-overhead"]
     for name, words in variants.items():
