@@ -23,7 +23,10 @@ from mtunet_dist.errors import InputError
 from mtunet_dist.files import read_json, write_json
 from mtunet_dist.folder_lock import lock_folder
 
-PATIENCE_S = 120.0  # for another process to leave a run folder, or to write a checkpoint there
+PATIENCE_S = 120.0  # for another process to write a checkpoint, or to leave this one
+# For another process to leave a run folder. Ray ends those on a node that is cut off after about three minutes, while
+# it starts their trials elsewhere after one.
+ORPHAN_S = 360.0
 
 Status = Literal["finished", "stopped", "failed", "unfinished"]
 # Of a failed trial: a loss that is not finite, which would come again; something to be mended that an InputError names;
@@ -74,7 +77,7 @@ def trial_folder(sweep: Path, number: int) -> Path:
 
 def wait_for_folder(folder: Path) -> None:
     """Return when no process trains in the run folder: the one that Tune ended before may still be ending."""
-    deadline, busy = time.monotonic() + PATIENCE_S, f"another training is writing to {folder}"
+    deadline, busy = time.monotonic() + ORPHAN_S, f"another training is writing to {folder}"
     while True:
         try:
             lock_folder(folder, busy).close()
