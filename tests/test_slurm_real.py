@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import slurm_cluster
 import yaml
+from conftest import write_folder_source
 from slurm_cluster import SlurmCluster, wait_for
 from training import assert_same_state, final_state, records
 
 from mtunet_dist import checkpoint
+from mtunet_dist.prepare import prepare
 from status import job_of, status_of
 from status import runs as runs_under
 
@@ -231,20 +233,24 @@ def test_two_sweeps_share_their_nodes_and_one_loses_its_ray(site: Site) -> None:
     assert "raylet" in (site.folder / f"mtunet-sweep-{jobs['one']}.ray-n2.log").read_text()
 
 
-def test_a_table_or_figure_of_the_paper_as_a_job_goes_on(site: Site, three_splits: Path) -> None:
+def test_a_table_or_figure_of_the_paper_as_a_job_goes_on(site: Site) -> None:
+    source, prepared = site.folder / "seven source", site.folder / "seven"
+    write_folder_source(source)
+    (source / "dataset.yaml").write_text(yaml.safe_dump({"classes": [f"class {i}" for i in range(7)]}))
+    prepare("folder", source, prepared, height=32, width=64, workers=0)  # which every network takes
     out, words = site.folder / "reproduced", ["epochs=4", "device=cpu", "log.every_steps=1", "eval_batch_size=4"]
     command = [sys.executable, str(REPOSITORY / "slurm" / "submit.py"), "reproduce", "figure5", *words]
-    options = [f"--nyuv2={three_splits}", f"--out={out}", "--time=10:00"]
+    options = [f"--cityscapes7={prepared}", f"--out={out}", "--time=10:00"]
     said = site.slurm.call(*command, *options, cwd=site.folder, PACE="0.5", **site.variables)
     job = re.search(r"^job (\d+);", said)
     assert job
-    run_dir = out / "smoke" / "nyuv2" / "mtunet" / "seed0"
+    run_dir = out / "smoke" / "cityscapes7" / "mtunet" / "seed0"
     site.wait_for_step(str(run_dir.relative_to(site.folder)), 5)
     site.slurm.call("scancel", "--signal=USR1", job[1])
     ended = site.slurm.wait(job[1], "COMPLETED", "FAILED")
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), site.slurm.log(ended)
     assert re.search(
-        r"stopped on request at smoke/nyuv2/mtunet/seed0/checkpoints/step_\d+.pt; queued", site.slurm.log(ended)
+        r"stopped on request at smoke/cityscapes7/mtunet/seed0/checkpoints/step_\d+.pt; queued", site.slurm.log(ended)
     )
     steps = [record["step"] for record in records(run_dir, "train")]
     assert steps == list(range(1, len(steps) + 1)) and status_of(run_dir, {}, set()).state == "finished"
