@@ -1,4 +1,4 @@
-"""The errors a user is expected to meet, and how a command shows them: one line, no traceback."""
+"""The errors that a user can meet. A command shows each of them as one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 
 from mtunet_dist import terminal
 
-# Exit codes beside 2, an error of the user's. Both mean: the same command goes on.
+# Exit codes beside 2, the user's error. After both of these the same command continues the run.
 PREEMPTED = 75  # stopped on request, with a checkpoint; EX_TEMPFAIL of sysexits.h, "try again later"
-HUNG = 76  # nothing moved for config.timeout_s
-PATIENCE_S = 5.0  # that other ranks give the first to print an error
-END_S = 120  # that a process whose work is done has to end, and a process group to be left
+HUNG = 76  # no progress for config.timeout_s
+PATIENCE_S = 5.0  # time that the first rank has to print an error before the others do
+END_S = 120  # time that a finished process has to exit, and that leaving a process group may take
 
 
 class MTUNetError(Exception):
@@ -28,51 +28,52 @@ class MTUNetError(Exception):
 
 
 class InputError(MTUNetError, ValueError):
-    """Something the user gave is wrong: a config key, a path, a file, a sample. Names it."""
+    """An input from the user is wrong: a config key, a path, a file, a sample. The message names it."""
 
 
 class NonFiniteLossError(MTUNetError, FloatingPointError):
-    """A loss, or what a training is made of, became NaN or infinite. Names it, and the step."""
+    """A loss or a part of the training state became NaN or infinite. The message names it and the step."""
 
 
 class PreemptedError(MTUNetError):
-    """A training was asked to stop and did, with a checkpoint; the same command goes on."""
+    """A training stopped on request and wrote a checkpoint. The same command continues it."""
 
 
 class LostProcessError(MTUNetError):
-    """A worker process of this one was killed. Like that a crash, not the user's error: another try may do better."""
+    """A worker process of this process was killed. This is a crash, not the user's error: a second try may succeed."""
 
 
 def nearest(name: str, names: Sequence[str]) -> str | None:
-    """The one of ``names`` that a misspelt ``name`` probably means."""
+    """Return the one of ``names`` that a misspelt ``name`` probably means."""
     return next(iter(difflib.get_close_matches(name, names, n=1)), None)
 
 
 def closest(name: str, names: Sequence[str]) -> str:
-    """`` Did you mean 'x'?`` for a misspelt ``name``, or nothing; goes into an error message."""
+    """Return `` Did you mean 'x'?`` for a misspelt ``name``, or an empty text. It is a part of an error message."""
     near = nearest(name, names)
     return f" Did you mean '{near}'?" if near else ""
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Make ``main`` a command: expected errors become one line on stderr and exit code 2 (75 when preempted, 1
-    when a worker process was lost).
+    """Make ``main`` a command: an expected error becomes one line on stderr and exit code 2 (75 when preempted, 1 when
+    a worker process was lost).
 
-    Under torchrun mostly all ranks find the same error in the same input, and one line is enough: the first process
-    of each node prints it, and its end makes torchrun end the others while they wait. If it does not end, the error
-    is another rank's own, which then speaks for itself. Anything unexpected keeps its traceback, but a collective
-    that fails because another rank has ended waits to be ended as well, so that the cause alone is printed.
+    Under torchrun, usually all ranks find the same error in the same input, and one line is enough. The first process
+    of each node prints it and exits, and torchrun then ends the other processes while they wait. Another process that
+    is still there after ``PATIENCE_S`` has an error of its own and prints it. An unexpected error keeps its traceback.
+    A collective that fails because another rank has ended waits until torchrun ends it, so that only the cause is
+    printed.
 
-    Ctrl-C ends it with a line and exit code 130, see ``terminal``, which also has what becomes of an output that fails.
+    Ctrl-C ends the command with one line and exit code 130. See ``terminal``, also for a standard output that fails.
 
-    A process that does not come to its end, as its libraries' threads wait for one another, is ended after ``END_S``
-    with exit code 1 and the stacks of its threads on stderr, or where Python has ended already by SIGALRM.
+    A process can hang at its exit, when threads of its libraries wait for one another. It is ended after ``END_S`` with
+    exit code 1 and the stacks of its threads on stderr. If Python has already ended, SIGALRM ends it.
     """
 
     @functools.wraps(main)
     def wrapped() -> None:
         if not faulthandler.is_enabled():
-            faulthandler.enable(2)  # else an end by SIGBUS, as of a failing disk under a map, would be without a word
+            faulthandler.enable(2)  # otherwise a SIGBUS, such as from a failing disk under a map, prints nothing
         with terminal.interrupts(), terminal.Output():
             try:
                 _run(main)
@@ -91,15 +92,15 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
                     terminal.say(str(error) or "interrupted")
                 sys.exit(terminal.INTERRUPTED)
             finally:
-                # Only as the interpreter ends, as a caller of ``main`` may live on; before it waits for threads, if it
-                # can.
+                # The timer starts only when the interpreter ends, because a caller of ``main`` may continue. If
+                # possible it starts before Python waits for threads.
                 getattr(threading, "_register_atexit", atexit.register)(_end_in_time)
 
     return wrapped
 
 
 def _run(main: Callable[[], None]) -> None:
-    """A file or folder that may not be read or written is the user's to mend, whoever came upon it."""
+    """Run ``main``. A file or folder without read or write permission is the user's error, in any part of the code."""
     try:
         main()
     except OSError as error:
@@ -109,9 +110,10 @@ def _run(main: Callable[[], None]) -> None:
 
 
 def _end_in_time() -> None:
-    """Neither needs the interpreter's lock, so they end any deadlock; the second those of the libraries' own exits.
+    """End the process after ``END_S``. Neither timer needs the interpreter's lock, so both end any deadlock. The second
+    also ends deadlocks in the exit handlers of libraries.
 
-    Ctrl-C meanwhile ends the process at once: nobody would hear of a KeyboardInterrupt.
+    Ctrl-C now ends the process at once, because no code would handle a KeyboardInterrupt any more.
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Files that are whole wherever they have their name, whatever ends the process that writes them."""
+"""Files that have their final name only when they are whole, even if the process that writes them is killed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXPONENT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Have ``write`` fill a temporary file beside ``path``, flush it to disk, then give it its name."""
+    """Let ``write`` fill a temporary file beside ``path``, flush it to disk, then rename it to ``path``."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         write(file)
@@ -37,7 +37,7 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """What is in a file that the user gave. InputError names it if it cannot be read."""
+    """The content of a file that the user gave. InputError names the file if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -45,7 +45,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def entries(folder: Path) -> list[Path]:
-    """What is in a folder that the user gave, sorted. InputError names it if it cannot be read."""
+    """The sorted entries of a folder that the user gave. InputError names the folder if it cannot be read."""
     try:
         return sorted(folder.iterdir())
     except OSError as error:
@@ -61,7 +61,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """The value in a YAML file in UTF-8. InputError names one that is missing, is not YAML, or has a key twice."""
+    """The value in a YAML file in UTF-8. InputError names a file that is missing, is not YAML, or has a key twice."""
     try:
         return yaml.load(read_bytes(path).decode(), _Loader)
     except (yaml.YAMLError, ValueError) as error:
@@ -69,10 +69,10 @@ def read_yaml(path: Path) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-3 as the number that it is in YAML 1.2; to PyYAML, which reads YAML 1.1, it is text."""
+    """A loader that reads 1e-3 as a number, as YAML 1.2 does. PyYAML follows YAML 1.1, where it is text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """PyYAML lets the last of two equal keys win without a word."""
+        """Refuse a key that is there twice. PyYAML would silently use the last one."""
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key, _ in node.value:
             if names.count(key.value) > 1:

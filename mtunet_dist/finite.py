@@ -1,4 +1,4 @@
-"""Whether numbers are finite, asked of the device without waiting for its answer."""
+"""Tests whether numbers are finite, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Named = Iterable[tuple[str, Tensor]]
 
 
 def count_broken(tensors: Named, device: torch.device, factor: int = 1) -> Tensor:
-    """How many of ``tensors`` hold a number that is not finite, or would not be ``factor`` times as large.
+    """Count the ``tensors`` that hold a number that is not finite, or that would not be finite times ``factor``.
 
-    A scalar on ``device``, which computes it; integers are finite.
+    Returns a scalar on ``device``, which computes it. Integers are always finite.
     """
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for _, tensor in tensors:
@@ -23,13 +23,14 @@ def count_broken(tensors: Named, device: torch.device, factor: int = 1) -> Tenso
             alike[tensor.device, tensor.dtype].append(tensor.detach())
     broken = torch.zeros((), device=device)
     for group in alike.values():
-        largest = torch.stack(torch._foreach_norm(group, math.inf))  # of each, and nan where there is one
+        largest = torch.stack(torch._foreach_norm(group, math.inf))  # largest magnitude, or nan, of each
         broken += (~largest.mul_(factor).isfinite()).sum().to(device, non_blocking=True)
     return broken
 
 
 def first_broken(tensors: Named, factor: int = 1) -> str | None:
-    """The first that ``count_broken`` counts, as ``NAME became inf``, None if there is none; waits for the device."""
+    """The first tensor that ``count_broken`` counts, as ``NAME became inf``; None if there is none. Waits for the
+    device."""
     for name, tensor in tensors:
         if tensor.is_floating_point() and tensor.numel():
             largest = tensor.detach().abs().max().mul(factor).item()

@@ -1,8 +1,9 @@
-"""A folder that one process at a time may work in.
+"""A folder in which only one process at a time may work.
 
-The kernel drops the lock of a process that ends. One that only its network has lost lives on and keeps it, and Slurm,
-which cannot tell, queues its job again. So the lock file says who works in the folder. Who succeeds that one writes
-itself there first, which the other sees as soon as it sees the disk, and ends; and then waits for the lock.
+The kernel drops the lock of a process that ends. A process that has only lost its network still runs and still holds
+the lock. Slurm cannot see the difference and queues its job again. Therefore the lock file names the owner, the process
+that works in the folder. The process of the new job first writes its own name into the file and then waits for the
+lock. The old process sees the new name as soon as it reaches the disk again, and ends.
 """
 
 from __future__ import annotations
@@ -25,24 +26,24 @@ from typing import BinaryIO
 
 from mtunet_dist.errors import InputError
 
-LOCK = "lock"  # the file in the folder; without a process that has it open it means nothing
-BYTES = 512  # of its text, always as many, so that one write replaces it
-TAKEOVER_S = 600.0  # that a successor waits: many times what a network disk takes to drop the locks of a lost node
-LOOK_S = 2.0  # from one look at the owner to the next
+LOCK = "lock"  # the file in the folder; it means nothing if no process has it open
+BYTES = 512  # length of its text; it is constant, so that one write replaces it
+TAKEOVER_S = 600.0  # time that a successor waits: a network disk needs far less to drop the locks of a lost node
+LOOK_S = 2.0  # time between two checks of the owner
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process that works in a folder, or is about to."""
+    """A process that works in a folder, or will work there."""
 
-    job: str  # Slurm's number; empty outside of it
+    job: str  # Slurm's job number; empty outside of Slurm
     restart: int  # how often Slurm had queued the job again
     host: str
     pid: int
-    token: str  # no other process's
+    token: str  # unique for each process
 
     def succeeds(self, other: Owner) -> bool:
-        """Whether Slurm has ended the other's job, as far as it knows, to start this one's."""
+        """Whether Slurm, as far as it knows, has ended the job of ``other`` to start the job of this process."""
         if not self.job or not other.job:
             return False
         if self.job == other.job:
@@ -55,13 +56,13 @@ class Owner:
 
 
 class FolderLock:
-    """A folder that is taken, until ``close`` or the end of the process, however it ends."""
+    """A locked folder. The lock lasts until ``close`` or until the process ends, in any way."""
 
     def __init__(self, file: BinaryIO, folder: Path, owner: Owner) -> None:
         self._file, self._folder, self._owner = file, folder, owner
         self._closed = threading.Event()
         _write(file, owner)
-        if owner.job:  # elsewhere nobody succeeds it
+        if owner.job:  # without Slurm there is no successor
             threading.Thread(target=self._watch, name="folder lock", daemon=True).start()
 
     def __enter__(self) -> FolderLock:
@@ -73,13 +74,13 @@ class FolderLock:
         self.close()
 
     def close(self) -> None:
-        """Let others have the folder."""
+        """Release the folder for other processes."""
         self._closed.set()
         self._file.close()
 
     def end_if_lost(self) -> None:
-        """End this process, at once and with exit code 2, if another has taken over the folder: a network disk may
-        give the lock to another while this node is cut off."""
+        """End this process at once, with exit code 2, if another process has taken over the folder. A network disk may
+        give the lock to another process while this node is cut off."""
         now = _read(self._folder / LOCK)
         if now is not None and now.token != self._owner.token:
             message = f"error: {now} has taken over {self._folder}; {self._owner} ends"
@@ -92,11 +93,11 @@ class FolderLock:
 
 
 def lock_folder(folder: Path, busy: str, *, key: str = "", takeover_s: float = TAKEOVER_S) -> FolderLock:
-    """Make ``folder`` and take it.
+    """Create ``folder`` and lock it.
 
-    Raises InputError ``busy`` if another process has it, and one that names it, after ``key``, if nothing can be
-    written there. Where this process's job succeeds that one's it has it end, and waits for that, for ``takeover_s``
-    at most.
+    Raises InputError ``busy`` if another process has the lock, and an InputError that starts with ``key`` and names the
+    folder if it cannot be written. If the job of this process succeeds the job of the owner, it makes the owner end and
+    waits for that, for at most ``takeover_s``.
     """
     me = Owner(
         job=os.environ.get("SLURM_JOB_ID", ""),
@@ -131,13 +132,13 @@ def lock_folder(folder: Path, busy: str, *, key: str = "", takeover_s: float = T
 
 
 def _take(file: BinaryIO) -> bool:
-    """Whether the lock is this process's now."""
+    """Try to take the lock; return whether this process has it now."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
-        # Some network file systems know no locks; there, two processes in one folder are the user's to avoid.
+        # Some network file systems have no locks. There the user must avoid two processes in one folder.
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
     return True
@@ -147,13 +148,13 @@ def _write(file: BinaryIO, owner: Owner) -> None:
     text = json.dumps(asdict(owner)).encode().ljust(BYTES - 1) + b"\n"
     try:
         os.pwrite(file.fileno(), text, 0)
-    except OSError:  # a full disk: better no owner than one of before
+    except OSError:  # a full disk: no owner is better than a previous one
         with suppress(OSError):
             os.ftruncate(file.fileno(), 0)
 
 
 def _read(path: Path) -> Owner | None:
-    """Who works in the folder, or has worked there; None where that cannot be read."""
+    """The process that works, or has worked, in the folder; None if the file cannot be read."""
     try:
         return Owner(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""What a key that there is not may have meant: names that other programs give to ours."""
+"""Hints for unknown config keys: which of our keys the user may have meant. Other programs use other names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from mtunet_dist.errors import nearest
 
-# By the last part of the key, in small letters without _ and -: the end of our own key.
+# The last part of the unknown key, in small letters without _ and -, and the end of our key.
 SYNONYMS = {
     "accumulation": "optim.accumulate",
     "accumulationsteps": "optim.accumulate",
@@ -72,7 +72,7 @@ SYNONYMS = {
     "warmup": "optim.warmup_epochs",
     "zero": "strategy.name",
 }
-# What is not the config's to say.
+# Keys that the config does not have.
 ELSEWHERE = {
     "gpus": "The number of processes is the launcher's: launch/local.py --nproc=N",
     "ngpus": "The number of processes is the launcher's: launch/local.py --nproc=N",
@@ -86,10 +86,11 @@ ELSEWHERE = {
 
 
 def hint(key: str, value: object, beside: Sequence[str], own: Sequence[str], more: Callable[[], Sequence[str]]) -> str:
-    """`` Did you mean 'x'?`` for the unknown dotted ``key``, or nothing.
+    """Return `` Did you mean 'x'?`` for the unknown dotted ``key``, or an empty text.
 
-    A key of the same last part or of a synonym's, in the same section or else anywhere, in ``own`` or else in ``more``;
-    or a near name, of those ``beside`` it (dotted as ``key`` is) or else of all.
+    First choice: a key whose last part is the same or a synonym, first in the same section, then in all of ``own``,
+    then in ``more``. Second choice: a key with a similar name, first in ``beside``, the keys of the same section
+    (dotted as ``key`` is), then in all keys.
     """
     if isinstance(value, dict) and value:  # a section
         if word := nearest(key, sorted({known.rpartition(".")[0] for known in own})):

@@ -1,4 +1,4 @@
-"""What of the machine is this process's to use. Imports nothing: commands that need no torch start without it."""
+"""The part of the machine that this process may use. No slow imports: commands that need no torch start without it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ TOP = Path("/")
 
 
 def cpus(root: Path = TOP) -> int:
-    """CPU cores that this process may use, at least 1.
+    """The number of CPU cores that this process may use, at least 1.
 
-    A process may be bound to some, a container have a share of their time (half a core counts as one), and a Slurm job
-    fewer than it sees.
+    A process may be bound to some cores. A container may have only a share of their time; half a core counts as one. A
+    Slurm job may have fewer cores than it sees.
     """
     counts = [affinity(), *(math.ceil(share) for share in _shares(root))]
     if (slurm := os.environ.get("SLURM_CPUS_ON_NODE", "")).isdecimal():
@@ -24,14 +24,15 @@ def cpus(root: Path = TOP) -> int:
 
 
 def affinity() -> int:
-    """CPU cores that this process is bound to."""
+    """The number of CPU cores that this process is bound to."""
     return len(os.sched_getaffinity(0))
 
 
 def control_groups(controller: str, root: Path = TOP) -> Iterator[tuple[Path, bool]]:
-    """The folders of the control groups that this process is in, its own first, and whether they are of version 2.
+    """The folders of the control groups of this process, its own first, each with whether it is of version 2.
 
-    A parent may be stricter; in a container the path may be the host's, and only the topmost folder is there.
+    A parent group may have a stricter limit. In a container the path may be the host's path, and only the topmost
+    folder exists.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -50,7 +51,7 @@ def control_groups(controller: str, root: Path = TOP) -> Iterator[tuple[Path, bo
 
 
 def _shares(root: Path) -> Iterator[float]:
-    """How many cores' time each limit gives."""
+    """The number of cores that each limit allows."""
     for group, is_v2 in control_groups("cpu", root):
         with suppress(OSError, ValueError):
             if is_v2:

@@ -1,20 +1,22 @@
-"""Folders that work wherever they lie: the settings inside mean the folder that they are in, not where it once was."""
+"""Folders that can be moved: the settings in such a folder mean the folder where they are now, wherever it was
+before."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-CONFIG = "config.yaml"  # of a run folder
-SIGNS = ("environment.json", "lock", "checkpoints/step_*.pt", "checkpoints/best.pt")  # any of them makes it one
-SWEEP, BEST = "sweep.yaml", "best.yaml"  # of the folder of a sweep: what it is, and its best trial's config
+CONFIG = "config.yaml"  # in a run folder
+SIGNS = ("environment.json", "lock", "checkpoints/step_*.pt", "checkpoints/best.pt")  # any of them marks a run folder
+SWEEP, BEST = "sweep.yaml", "best.yaml"  # in a sweep's folder: its description, and the config of its best trial
 SWEEP_SIGNS = ("lock", "trials/*/trial.json")
 
 
 def own_folder(file: Path, name: str = CONFIG, signs: Sequence[str] = SIGNS) -> Path | None:
-    """The folder whose own settings ``file`` holds: it is called ``name`` there, beside one of ``signs`` (globs).
+    """The folder whose settings ``file`` holds: the file there is called ``name`` and lies beside one of ``signs``
+    (globs).
 
-    None for a file that only names a folder. A link to such a file means the folder of the file itself.
+    None if the file is not part of such a folder. A link to such a file means the folder of the file itself.
     """
     for place in (file, file.resolve()):
         if place.name == name and any(any(place.parent.glob(sign)) for sign in signs):
@@ -23,14 +25,15 @@ def own_folder(file: Path, name: str = CONFIG, signs: Sequence[str] = SIGNS) -> 
 
 
 def own_run_dir(config: Path) -> Path | None:
-    """The run folder that a config means by where it lies: a run folder's own, or ``best`` beside a sweep's best.yaml.
+    """The run folder that a config means by its place: the folder of a run's own config, or ``best`` beside a sweep's
+    best.yaml.
 
-    None for a config that names its run folder.
+    None if the place of the config means no folder; the config then names its run folder.
     """
     sweep = own_folder(config, BEST, SWEEP_SIGNS)
     return own_folder(config) if sweep is None else sweep / Path(BEST).stem
 
 
 def shown(folder: Path) -> str:
-    """A path for an error message: one that is relative with the folder that it starts from."""
+    """The path as text for an error message. A relative path is shown with the working folder."""
     return str(folder) if folder.is_absolute() else f"{folder} (in the working folder {Path.cwd()})"

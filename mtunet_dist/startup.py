@@ -1,7 +1,7 @@
-"""What a command does before it imports anything that takes long, above all torch.
+"""The first steps of a command, before it imports anything slow, above all torch.
 
-A library must not do this to the program that imports it: it happens where one of this package's commands is started,
-as ``mtunet VERB``, ``python -m mtunet_dist.VERB`` or a script of the repository.
+A library must not change the program that imports it. Therefore this runs only where a command of this package starts:
+``mtunet VERB``, ``python -m mtunet_dist.VERB`` or a script of the repository.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ from itertools import pairwise
 from mtunet_dist.machine import affinity, cpus
 from mtunet_dist.terminal import end_on_interrupt
 
-WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # any of them says how OpenMP's threads wait
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # each of them sets how OpenMP's threads wait
 
 
 def begin() -> None:
-    """Ctrl-C gives no traceback while modules are imported; OpenMP's threads suit the machine."""
+    """Set up Ctrl-C, so that it prints no traceback while modules are imported, and OpenMP's threads for this
+    machine."""
     end_on_interrupt()
     set_threads(os.environ)
-    # Python's tracker of shared memory, a child, would say so for each process that ends at once on Ctrl-C.
+    # When Ctrl-C ends a process at once, the child process that tracks shared memory would print a warning.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
 
 
 def set_threads(environment: MutableMapping[str, str]) -> None:
-    """Say in ``environment``, where it does not, how OpenMP's threads wait, and how many there are under a quota.
+    """Set in ``environment`` how OpenMP's threads wait, and under a quota how many there are. Existing values stay.
 
-    Read when torch is loaded, here or in another process. Threads that spin while they wait for work, as libgomp's do,
-    take the cores from those that have some: where other programs run they make a training five times slower
-    (docs/distributed.md). OpenMP knows of the cores of a process, not of a container's share of their time.
+    torch reads these variables when it is loaded, here or in another process. By default libgomp's threads spin while
+    they wait for work, and take the cores from threads that have work. Next to other programs this makes a training
+    five times slower (docs/distributed.md). OpenMP knows which cores a process may use, but not a container's share of
+    their time.
     """
     if not any(name in environment for name in WAITING):
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -39,5 +41,5 @@ def set_threads(environment: MutableMapping[str, str]) -> None:
 
 
 def is_module_of(package: str, words: list[str]) -> bool:
-    """Whether ``words``, of ``sys.orig_argv``, start a module of ``package`` with ``-m``."""
+    """Whether ``words``, from ``sys.orig_argv``, start a module of ``package`` with ``-m``."""
     return any(word.startswith(f"{package}.") for before, word in pairwise(words) if before == "-m")

@@ -1,4 +1,4 @@
-"""Where a command meets its terminal: Ctrl-C, and a standard output that takes no more."""
+"""How a command handles its terminal: Ctrl-C, and errors of standard output."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 from typing import Any, TextIO
 
-INTERRUPTED = 130  # exit code, as a shell gives it
-AGAIN_S = 0.1  # until a Ctrl-C that came at a bad moment is tried again
+INTERRUPTED = 130  # the exit code that a shell uses for it
+AGAIN_S = 0.1  # delay before a Ctrl-C that came at a bad moment is tried again
 
 
 def end_on_interrupt() -> None:
-    """Until ``interrupts`` is entered, Ctrl-C ends the process at once, with a line: there is nothing to clean up."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody wants it ignored
+    """Until ``interrupts`` is entered, Ctrl-C ends the process at once, with one line: there is nothing to clean up."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise the signal is ignored on purpose
         signal.signal(signal.SIGINT, _end)
 
 
 @contextmanager
 def interrupts() -> Iterator[None]:
-    """Inside, the first Ctrl-C raises KeyboardInterrupt, the second ends the process at once, wherever it is."""
+    """While entered, the first Ctrl-C raises KeyboardInterrupt. The second ends the process at once, at any point."""
     ours = signal.getsignal(signal.SIGINT) in (signal.default_int_handler, _end)
     if not ours or threading.current_thread() is not threading.main_thread():
         yield
@@ -33,9 +33,9 @@ def interrupts() -> Iterator[None]:
     before, hook = signal.signal(signal.SIGINT, _raise), sys.unraisablehook
 
     def unraisable(found: sys.UnraisableHookArgs) -> None:
-        if issubclass(found.exc_type, KeyboardInterrupt):  # raised in a destructor, where nobody hears of it
+        if issubclass(found.exc_type, KeyboardInterrupt):  # raised in a destructor: Python would drop it
             signal.signal(signal.SIGINT, _raise)
-            # Raised at once it would be in here, and as unheard.
+            # If it were raised at once, it would be raised in this hook and dropped again.
             threading.Timer(AGAIN_S, os.kill, [os.getpid(), signal.SIGINT]).start()
         else:
             hook(found)
@@ -61,9 +61,9 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def deaf_children(*numbers: signal.Signals) -> Iterator[None]:
-    """Processes started inside do not hear these signals: a terminal sends SIGINT to every process of a command."""
+    """While entered, new processes block these signals: a terminal sends SIGINT to every process of a command."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # children inherit it
-    resource_tracker.ensure_running()  # it comes with the first child, and unblocks SIGINT and SIGTERM here
+    resource_tracker.ensure_running()  # its process starts with the first child, and unblocks SIGINT and SIGTERM here
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
@@ -72,10 +72,11 @@ def deaf_children(*numbers: signal.Signals) -> Iterator[None]:
 
 
 class Output:
-    """While entered, standard output takes what it cannot show as escapes, and an error in it stops nothing.
+    """While entered, standard output prints characters that it cannot encode as escapes, and an output error stops
+    nothing.
 
-    What comes after an error is lost. At the end of a command that otherwise went well that is an error of its own,
-    but where the reader wanted no more, as ``head`` does.
+    The output after an error is lost. If the command otherwise succeeds, the lost output is an error at its end, except
+    when the reader has closed the pipe, as ``head`` does.
     """
 
     def __init__(self) -> None:
@@ -83,7 +84,7 @@ class Output:
         self.error: OSError | None = None
 
     def write(self, text: str) -> int:
-        """As a file's."""
+        """As ``write`` of a file."""
         assert self._inner is not None
         try:
             return self._inner.write(text)
@@ -92,7 +93,7 @@ class Output:
             return len(text)
 
     def flush(self) -> None:
-        """As a file's."""
+        """As ``flush`` of a file."""
         assert self._inner is not None
         try:
             self._inner.flush()
@@ -103,7 +104,7 @@ class Output:
         return getattr(self._inner, name)
 
     def _lose(self, error: OSError) -> None:
-        """Let what is still in buffers, here and in libraries, go where it does no harm."""
+        """Send the text that is still in buffers, here and in libraries, to /dev/null."""
         assert self._inner is not None
         self.error = self.error or error
         with suppress(OSError, ValueError):
@@ -112,7 +113,7 @@ class Output:
             os.close(null)
 
     def __enter__(self) -> Output:
-        self._inner = sys.stdout  # None where it is closed
+        self._inner = sys.stdout  # None if standard output is closed
         if self._inner is not None:
             if hasattr(self._inner, "reconfigure"):
                 self._inner.reconfigure(errors="backslashreplace")
@@ -133,6 +134,6 @@ class Output:
 
 
 def say(text: object) -> None:
-    """A line on stderr, if that takes it: an exit code must not depend on it."""
+    """Print a line on stderr. If stderr fails, nothing happens: the exit code must not depend on it."""
     with suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)

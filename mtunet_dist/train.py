@@ -1,7 +1,6 @@
 """Train: ``python -m mtunet_dist.train CONFIG key=value...``, or the same after ``torchrun --nproc-per-node=N -m``.
 
-The same command resumes a run that was stopped, from its newest checkpoint, with the same result as if it had not
-been.
+The same command resumes a stopped run from its newest checkpoint. The result is the same as without the stop.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from mtunet_dist.tracking import StepReport, Tracker
 from mtunet_dist.watchdog import Watchdog
 
 INTERRUPTED = "Ctrl-C: stopping with a checkpoint, at the next report at the latest; once more ends it at once"
-LEAST_LOSS_SCALE = 1e-3  # where gradients still overflow, they are not finite at any scale
+LEAST_LOSS_SCALE = 1e-3  # below this scale, gradients that overflow are not finite at any scale
 
 OnEval = Callable[[int, dict[str, float]], None]
 
@@ -36,12 +35,12 @@ OnEval = Callable[[int, dict[str, float]], None]
 def train(config: Config, on_eval: OnEval | None = None) -> dict[str, float]:
     """Train as ``config`` says and return the metrics of the last evaluation.
 
-    ``on_eval(step, metrics)`` is called on every rank after each evaluation, once the checkpoint of that step, if there
-    is to be one, is being written. Joins torchrun's process group, or one that exists, or runs alone. Raises InputError
-    for anything wrong with config, data or checkpoint, NonFiniteLossError when a loss or the state stops being finite,
-    MTUNetError when the run folder cannot be written to, and PreemptedError, with a checkpoint written, within
-    ``log.every_steps`` steps after SIGTERM, SIGUSR1, SIGUSR2 or SIGINT came to any rank; a second SIGINT ends the
-    process. One that does not move for ``timeout_s`` ends at once, see ``Watchdog``.
+    ``on_eval(step, metrics)`` is called on every rank after each evaluation. If that step has a checkpoint, its writing
+    has begun by then. The training joins torchrun's process group or an existing one, or runs alone. Raises InputError
+    if config, data or checkpoint are wrong, NonFiniteLossError if a loss or the state becomes NaN or infinite, and
+    MTUNetError if the run folder cannot be written. After SIGTERM, SIGUSR1, SIGUSR2 or SIGINT to any rank it writes a
+    checkpoint and raises PreemptedError within ``log.every_steps`` steps. A second SIGINT ends the process at once. A
+    training without progress for ``timeout_s`` ends at once, see ``Watchdog``.
     """
     device = distributed.pick_device(config.device)
     with distributed.process_group(device, config.timeout_s):
@@ -73,7 +72,7 @@ def _loop(run: Run, tracker: Tracker, stop: StopRequest, watchdog: Watchdog, on_
     window: list[Tensor] = []  # losses and gradient norms of the steps since the last report, on the device
 
     step.train()
-    if run.evaluation_due:  # the run was asked to stop before it
+    if run.evaluation_due:  # the previous process was stopped before this evaluation
         best = _evaluate(run, tracker, watchdog)
         resume.save(run, best=best, wait=run.finished)
         on_eval(run.step, run.metrics)
@@ -90,8 +89,8 @@ def _loop(run: Run, tracker: Tracker, stop: StopRequest, watchdog: Watchdog, on_
         if epoch_done:
             step.weighting.end_epoch()
         best = stopping = False
-        # Before anything is evaluated or saved, so that all of it is finite.
-        hurried = stop.received == signal.SIGINT and distributed.world_size() == 1  # nobody else must agree
+        # The report comes before any evaluation or checkpoint, so that both see only finite values.
+        hurried = stop.received == signal.SIGINT and distributed.world_size() == 1  # no other rank must agree
         if epoch_done or save or hurried or run.step % config.log.every_steps == 0:
             report, stopping = _report(run, window, lr, stop, tracker)
             if run.lock is not None:
@@ -101,7 +100,7 @@ def _loop(run: Run, tracker: Tracker, stop: StopRequest, watchdog: Watchdog, on_
             gc.collect()
 
         with tracker.paused():
-            if evaluated := run.evaluation_due and not stopping:  # who asks may not wait for so long; it is made up for
+            if evaluated := run.evaluation_due and not stopping:  # preempted: skip it
                 best = _evaluate(run, tracker, watchdog)
             if save or best or last or stopping:
                 tracker.flush()
@@ -115,7 +114,8 @@ def _loop(run: Run, tracker: Tracker, stop: StopRequest, watchdog: Watchdog, on_
 
 
 def _optimiser_step(run: Run, batches: Iterator[Batch], lr: float) -> Tensor:
-    """One update from ``accumulate`` micro-batches; this rank's losses (tasks..., total), then the gradient norm."""
+    """One update from ``accumulate`` micro-batches. Returns this rank's losses (tasks..., total), then the gradient
+    norm."""
     accumulate = run.order.accumulate
     micro_batches = [next(batches) for _ in range(accumulate)]
     share_valid_counts(micro_batches, run.module.tasks)
@@ -129,13 +129,15 @@ def _optimiser_step(run: Run, batches: Iterator[Batch], lr: float) -> Tensor:
 
 
 def _report(run: Run, window: list[Tensor], lr: float, stop: StopRequest, tracker: Tracker) -> tuple[StepReport, bool]:
-    """Bring the figures of the last steps to the host, once, averaged over ranks; and whether any is asked to stop.
+    """Copy the figures of the last steps to the host in one transfer, as means over ranks. Also return whether any rank
+    was asked to stop.
 
-    Raises NonFiniteLossError, on all ranks alike, that names task, step and epoch, or what of the state of the training
-    is not finite; MTUNetError likewise if the newest checkpoint, or what the tracker had to say, could not be written.
+    Raises NonFiniteLossError on all ranks if a loss, a gradient norm or the training state is not finite; the message
+    names the value and the steps. Raises MTUNetError on all ranks if the newest checkpoint or the tracker's files could
+    not be written.
     """
     flags = window[0].new_tensor([stop.received is not None, run.writer.failed, tracker.error is not None])
-    broken = count_broken(run.strategy.tensors(), run.device, distributed.world_size())  # they are added up, in places
+    broken = count_broken(run.strategy.tensors(), run.device, distributed.world_size())  # some are sums over ranks
     total = distributed.all_reduce_sum(torch.cat([flags, broken[None], *window]).double()).cpu()
     asked, unsaved, unsaid, unsound = total[:4].tolist()
     steps = total[4:].view(len(window), -1) / distributed.world_size()
@@ -146,7 +148,7 @@ def _report(run: Run, window: list[Tensor], lr: float, stop: StopRequest, tracke
     tasks = [task.name for task in run.module.tasks]
     names = [*(f"loss '{name}'" for name in [*tasks, "total"]), "gradient norm"]
     if run.config.precision == "fp16" and run.strategy.loss_scale >= LEAST_LOSS_SCALE:
-        names.pop()  # it may overflow: the scaler then leaves out the step and scales less
+        names.pop()  # it may overflow: the scaler then skips the step and lowers the scale
     for step, row in enumerate(steps.tolist(), start=run.step - len(window) + 1):
         for name, value in zip(names, row, strict=False):
             if not math.isfinite(value):
@@ -172,11 +174,11 @@ def _report(run: Run, window: list[Tensor], lr: float, stop: StopRequest, tracke
 
 
 def _ignore(step: int, metrics: dict[str, float]) -> None:
-    """Whoever does not listen to evaluations."""
+    """The default for ``on_eval``: does nothing."""
 
 
 def _evaluate(run: Run, tracker: Tracker, watchdog: Watchdog) -> bool:
-    """Evaluate, report, draw; returns whether the model is the best so far."""
+    """Evaluate, report and draw. Returns whether the model is the best so far."""
     distributed.average_statistics(run.module)
     with watchdog.evaluation(), run.strategy.whole() as module:
         module.eval()
@@ -192,7 +194,7 @@ def _evaluate(run: Run, tracker: Tracker, watchdog: Watchdog) -> bool:
 
 
 def _is_best(run: Run, metrics: Mapping[str, float]) -> bool:
-    """Whether the model that has ``metrics`` is the best so far; it is then noted."""
+    """Whether the model with ``metrics`` is the best so far. If it is, its value becomes ``run.best``."""
     name = run.config.checkpoint.best
     value = metrics[name]
     sign = 1 if higher_is_better(name) else -1
@@ -205,9 +207,9 @@ def _is_best(run: Run, metrics: Mapping[str, float]) -> bool:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Inside, Python looks for cyclic garbage only when it is told to, after reports, and then among new objects only.
+    """While entered, Python collects cyclic garbage only after reports, and searches only new objects.
 
-    Left alone it would stop a step for a tenth of a second now and then, on one rank after the other.
+    The automatic collection would now and then stop a step for a tenth of a second, on one rank after the other.
     """
     was_on = gc.isenabled()
     gc.collect()

@@ -1,4 +1,4 @@
-"""Worker processes that leave Ctrl-C to their parent, and end with it, however it ends."""
+"""Worker processes that leave Ctrl-C to their parent process, and end when it ends, in any way."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from mtunet_dist.terminal import deaf_children
 
 
 class Pool(ProcessPoolExecutor):
-    """Python's own, of ``workers`` processes. They are spawned, since threads of the parent make a fork unsafe."""
+    """Python's process pool with ``workers`` processes. They are spawned, because a fork is unsafe if the parent has
+    threads."""
 
     def __init__(self, workers: int) -> None:
         super().__init__(workers, multiprocessing.get_context("spawn"), initializer=end_with_parent)
 
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        """As in the base; it is here that processes are started."""
+        """As in the base class, which starts its processes in this method."""
         with deaf_children(signal.SIGINT):
             return super().submit(*args, **kwargs)
