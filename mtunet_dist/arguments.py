@@ -1,4 +1,4 @@
-"""What all command lines share: how a command calls itself, and what paths and devices may be."""
+"""The parts that all command lines share: the name of a command, and checks of paths and devices."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mtunet_dist import __version__
 from mtunet_dist.errors import InputError
 
 DEVICES = ("auto", "cpu", "cuda")
-# Ends of names that promise a file, where a folder is to be written.
+# File name endings that are refused where a folder is to be written.
 FILES = {".csv", ".h5", ".jpeg", ".jpg", ".json", ".mat", ".md", ".npy", ".npz", ".onnx", ".png", ".pt", ".pth"}
 FILES |= {".safetensors", ".tar", ".tgz", ".tif", ".tiff", ".txt", ".webp", ".yaml", ".yml", ".zip"}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with ``--version`` and errors of one line."""
+    """argparse's parser, with ``--version`` and error messages of one line."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -25,17 +25,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise InputError."""
-        needed = message.replace(", key=value", "")  # parse_intermixed_args believes that there must be some
+        needed = message.replace(", key=value", "")  # parse_intermixed_args always lists it as required
         raise InputError(f"{needed}; {self.prog} --help says more")
 
 
 def parser(verb: str, description: str, **settings: Any) -> Parser:
-    """The parser of ``mtunet VERB``, by that name however it was started."""
+    """The parser of ``mtunet VERB``. It uses that name, whatever way the command was started."""
     return Parser(prog=f"mtunet {verb}", description=description, **settings)
 
 
 def home(text: str) -> str:
-    """``text`` with the home folder in place of a leading ``~``, as in ``--out=~/x``, which no shell expands."""
+    """Replace a leading ``~`` by the home folder. No shell does this in ``--out=~/x``."""
     try:
         return str(Path(text).expanduser()) if text.startswith("~") else text
     except RuntimeError:
@@ -48,7 +48,7 @@ def path(text: str) -> Path:
 
 
 def folder(text: str) -> Path:
-    """The type of an argument that is a folder to write; a name that promises a file is refused."""
+    """The type of an argument that is a folder to write. A name with a file's ending is refused."""
     suffix = Path(text).suffix.lower()
     if suffix in FILES and not path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text} is to be a folder, and {suffix} is the end of a file's name")
@@ -56,7 +56,7 @@ def folder(text: str) -> Path:
 
 
 def file(suffix: str) -> Callable[[str], Path]:
-    """The type of an argument that is a file to write, in the one format that ``suffix`` promises."""
+    """The type of an argument that is a file to write, in the only format that ``suffix`` allows."""
 
     def checked(text: str) -> Path:
         if Path(text).suffix != suffix:
@@ -67,10 +67,10 @@ def file(suffix: str) -> Callable[[str], Path]:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """``--device``, which is short for ``device=``."""
+    """Add ``--device``, which is short for ``device=``."""
     parser.add_argument("--device", choices=DEVICES, help="short for device=; auto: a GPU where there is one")
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
-    """The ``key=value`` words of a command line that has ``add_device``'s option too."""
+    """The ``key=value`` words of a command line, with the option of ``add_device`` added."""
     return [*args.overrides, *([f"device={args.device}"] if args.device else [])]

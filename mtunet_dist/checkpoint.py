@@ -1,8 +1,8 @@
-"""Checkpoints: one file each, complete or absent, the newest few and the best kept.
+"""Checkpoints: one file each, complete or absent. The newest few and the best are kept.
 
-A file holds plain tensors, numbers, strings, lists and dicts, so ``torch.load(weights_only=True)`` reads it, and
-everything needed to use it without its run folder: the config and what the dataset's classes and depth mean. It is a
-zip archive whose entries carry CRC-32s, which are checked before anything is loaded: ``torch.load`` does not.
+A file holds plain tensors, numbers, strings, lists and dicts, so that ``torch.load(weights_only=True)`` reads it. It
+needs no run folder: it also holds the config and the meaning of the dataset's classes and depth. It is a zip archive
+whose entries have CRC-32s. They are checked before loading, because ``torch.load`` does not check them.
 """
 
 from __future__ import annotations
@@ -30,20 +30,21 @@ _NAME = re.compile(r"step_(\d+)\.pt")
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` optimiser steps lies."""
+    """The path of the checkpoint after ``step`` optimiser steps."""
     return folder / f"step_{step:08d}.pt"
 
 
 def save(folder: Path, state: State, *, keep: int, best: bool, check_owner: Callable[[], None] | None = None) -> Path:
-    """Write ``state`` (with its ``step``), link it as ``best.pt`` if it is the ``best``, keep the newest ``keep``.
+    """Write ``state`` (with its ``step``). If it is the ``best``, also link it as ``best.pt``. Keep the newest
+    ``keep``.
 
-    Whatever happens while writing, every file under its final name is whole. Files of later steps go too: a run
-    only gets to be behind them when they could not be read. ``check_owner`` is called right before the file gets its
-    name; it does not return in a process that another has succeeded. Raises MTUNetError if the disk is full or
-    read-only.
+    Every file under its final name is whole, even if the process is killed while it writes. Files of later steps are
+    removed too: a run can only be behind them if they could not be read. ``check_owner`` is called right before the
+    file gets its name; it ends a process whose folder another process has taken over. Raises MTUNetError if the disk is
+    full or read-only.
     """
     path = path_of(folder, state["step"])
-    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # nobody else's, whoever else writes here
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # a unique name, in case another process writes here
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -53,16 +54,16 @@ def save(folder: Path, state: State, *, keep: int, best: bool, check_owner: Call
         if check_owner is not None:
             check_owner()
         if best:
-            publish(temporary, folder / "best.pt")  # first: under its own name the file says that it is the best
+            publish(temporary, folder / "best.pt")  # first: the name of the step means that best.pt is complete
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch's writer hides the OSError behind a RuntimeError
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)  # its space may be what the next one lacks
+            temporary.unlink(missing_ok=True)  # the next file may need its space
         cause = error if isinstance(error, OSError) else error.__context__
         reason = cause.strerror if isinstance(cause, OSError) else error
         raise MTUNetError(f"cannot save checkpoint {path}: {reason}") from error
-    with suppress(OSError):  # the checkpoint is there; what could not be removed is tried again with the next
-        for half_written in folder.glob("*.tmp"):  # by a process that was killed
+    with suppress(OSError):  # the checkpoint is there; the next one tries the removal again
+        for half_written in folder.glob("*.tmp"):  # left by a process that was killed
             half_written.unlink()
         newest_first = by_age(folder)
         this = newest_first.index(path)
@@ -72,7 +73,7 @@ def save(folder: Path, state: State, *, keep: int, best: bool, check_owner: Call
 
 
 def publish(path: Path, name: Path) -> None:
-    """Give ``path`` the second name ``name``, atomically; as a copy where the file system has no hard links."""
+    """Give ``path`` the second name ``name``, atomically. A file system without hard links gets a copy."""
     temporary = name.with_suffix(".tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -83,7 +84,7 @@ def publish(path: Path, name: Path) -> None:
 
 
 def step_of(path: Path) -> int:
-    """The step that ``path_of`` made the name ``path`` from."""
+    """The step of a checkpoint ``path``, from its name; see ``path_of``."""
     found = _NAME.fullmatch(path.name)
     assert found, path
     return int(found[1])
@@ -96,16 +97,16 @@ def by_age(folder: Path) -> list[Path]:
 
 
 def check(path: Path) -> None:
-    """Raise InputError, which names it, if a checkpoint is missing or not, byte for byte, what was written.
+    """Raise InputError if a checkpoint is missing or differs in any byte from what was written. The message names it.
 
-    One that cannot be read for another reason (rights, a network disk) is a MTUNetError: it may be whole.
+    If it cannot be read for another reason (permissions, a network disk), raise MTUNetError: it may be whole.
     """
     if not path.is_file():
         raise InputError(f"checkpoint {path} does not exist")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except Exception as error:  # damaged bytes make it raise anything, EINVAL where it seeks before the start
+    except Exception as error:  # damaged bytes can raise any error, such as EINVAL from a bad seek
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise MTUNetError(f"checkpoint {path} cannot be read: {error.strerror}") from error
         raise InputError(f"checkpoint {path} is damaged: {error}") from None
@@ -114,10 +115,10 @@ def check(path: Path) -> None:
 
 
 def load(path: Path) -> State:
-    """Read a checkpoint that ``check`` passes onto the CPU. Raises InputError that names a damaged or foreign file."""
+    """Read a checkpoint that passes ``check`` onto the CPU. Raises InputError that names a damaged or foreign file."""
     try:
         state: State = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # likewise
+    except Exception as error:  # damaged bytes can raise any error
         raise InputError(f"checkpoint {path} is damaged: {(str(error) or repr(error)).splitlines()[0]}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path} is not a checkpoint of this program (format {FORMAT})")
@@ -125,9 +126,10 @@ def load(path: Path) -> State:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint in ``folder`` that passes ``check``, None if it holds none; warns of damaged ones.
+    """The newest checkpoint in ``folder`` that passes ``check``. None if the folder has no checkpoint. Warns of damaged
+    ones.
 
-    Raises InputError if none of them does.
+    Raises InputError if all of them are damaged.
     """
     newest_first = by_age(folder)
     for path in newest_first:
@@ -142,9 +144,9 @@ def latest(folder: Path) -> Path | None:
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint that a user means: a file, or in a run folder ``best.pt``, else the newest.
+    """The checkpoint that the user's path means: the file itself, or in a run folder ``best.pt``, else the newest one.
 
-    Raises InputError when there is none.
+    Raises InputError if there is none.
     """
     if path.is_file():
         return path
@@ -156,7 +158,8 @@ def resolve(path: Path) -> Path:
 
 
 class Writer:
-    """Saves checkpoints in ``folder`` from a thread: the caller waits for a copy of the state, not for the disk."""
+    """Saves checkpoints in ``folder`` from a thread. The caller waits only for a copy of the state, not for the
+    disk."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
@@ -165,7 +168,7 @@ class Writer:
         self._writing: Future[Path] | None = None
 
     def submit(self, state: State, *, best: bool) -> None:
-        """Copy ``state`` and begin to ``save`` it. What was submitted before must have been waited for."""
+        """Copy ``state`` and start to ``save`` it. The caller must have waited for the previous one."""
         assert self._writing is None
         self._writing = self._thread.submit(
             save, self.folder, _copy(state), keep=self.keep, best=best, check_owner=self.check_owner
@@ -173,22 +176,22 @@ class Writer:
 
     @property
     def failed(self) -> bool:
-        """Whether ``wait`` would raise, as far as is known by now."""
+        """Whether ``wait`` would raise an error, as far as this is known now."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def wait(self) -> None:
-        """Return when what was submitted is on disk. Raises, once, what ``save`` raised."""
+        """Wait until the submitted checkpoint is on disk. An error of ``save`` is raised here, once."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def close(self) -> None:
-        """Wait, and end the thread."""
+        """Wait, then end the thread."""
         self._thread.shutdown()
 
 
 def _copy(value: Any) -> Any:
-    """``value`` with its tensors in memory of their own on the CPU, so that training may change them."""
+    """Copy the tensors in ``value`` to new memory on the CPU, so that training may change the originals."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):

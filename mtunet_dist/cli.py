@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def _about(verb: str) -> None:
-    """``--help``, ``--version``, or what is wrong with a verb that there is not."""
+    """Print ``--help`` or ``--version``, or report an unknown verb."""
     if verb in ("-h", "--help"):
         print("usage: mtunet VERB ...\n\n" + "\n".join(f"  {name:<12}{text}" for name, text in VERBS.items()))
         print("\nmtunet VERB --help says more, mtunet --version which version this is")

@@ -1,12 +1,11 @@
-"""Every setting of a run: frozen dataclasses < YAML file < ``key=value`` on the command line.
+"""All settings of a run: frozen dataclasses < YAML file < ``key=value`` on the command line.
 
-The sections ``model``, ``weighting`` and ``strategy`` name a plugin and hold its options beside the name; they are
-checked against, and completed from, the plugin's own parameters; an override of the name to another plugin's leaves
-out the options that the file gives to the one it names.
+The sections ``model``, ``weighting`` and ``strategy`` name a plugin and hold its options beside the name. The options
+are checked against the plugin's own parameters, and missing options get their defaults. If an override names another
+plugin than the file, the file's options of that section are dropped.
 
-The value of a key that holds text is what the file says, or what follows the ``=``, letter for letter, but that a
-leading ``~/`` means the home folder; every other value is YAML. In a file ``${...}`` refers to another key, and
-``\\${`` is a literal ``${``.
+If a key holds text, its value is exactly the text in the file or after the ``=``; only a leading ``~/`` becomes the
+home folder. All other values are YAML. In a file, ``${...}`` refers to another key, and ``\\${`` is a literal ``${``.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ from mtunet_dist.typed_yaml import (
 )
 
 TASKS = ("segmentation", "depth")
-BEST = {"segmentation": "miou", "depth": "depth_abs"}  # by which a model is the best, of the first of TASKS there is
+BEST = {"segmentation": "miou", "depth": "depth_abs"}  # for checkpoint.best: that of the first trained task
 PLUGIN_SECTIONS = ("model", "weighting", "strategy")
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random augmentation of training samples, drawn per sample from (seed, epoch, sample). The paper names none."""
+    """Random augmentation of training samples, drawn per sample from (seed, epoch, sample). The paper mentions none."""
 
     flip: bool = False  # horizontally, with probability 1/2
     scales: tuple[float, ...] = (1.0,)  # zoom in by one of these at random, crop back to size; depth follows
@@ -55,15 +54,15 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class DaliConfig:
-    """Where DALI decodes on a GPU. Buffer sizes are not asked for: they follow from the size of the images."""
+    """Settings of DALI on a GPU. Buffer sizes are not among them: they follow from the size of the images."""
 
-    hw_decoder_load: float = 0.65  # share of JPEGs for the GPU's JPEG engine, where it has one; the rest on its cores
+    hw_decoder_load: float = 0.65  # share of JPEGs for the GPU's JPEG engine, if it has one; its cores decode the rest
     affinity: bool = False  # bind decoding threads to the CPU cores nearest to the GPU
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where samples come from."""
+    """The source of the samples."""
 
     root: str = MISSING  # a prepared dataset (python -m mtunet_dist.prepare)
     train: str = "train"  # a split, or several: train+val
@@ -71,11 +70,11 @@ class DataConfig:
     loader: Literal["dali", "torch"] = "dali"
     threads: int = 2  # decoding threads (dali) or worker processes (torch) per rank
     prefetch: int = 2  # batches in flight per rank
-    # Decode once and keep the pixels, 6 bytes each, in memory that a node's ranks and trainings share, or on each
-    # rank's device. Decodes with PIL whatever the loader is; augmentation stays per step.
+    # Decode once and keep the pixels, 6 bytes each: in memory that all ranks and trainings of a node share, or on the
+    # device of each rank. PIL decodes, whatever the loader is. Augmentation is still done at each step.
     cache: Literal["none", "host", "device"] = "none"
     on_error: Literal["stop", "skip"] = (
-        "stop"  # when a sample cannot be decoded; skip: warn, count, learn nothing of it
+        "stop"  # for a sample that cannot be decoded; skip: warn, count it, and do not learn from it
     )
     dali: DaliConfig = field(default_factory=DaliConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -92,7 +91,7 @@ class OptimConfig:
     weight_decay: float = 0.0
     schedule: Literal["constant", "step", "linear", "cosine", "poly"] = "constant"
     warmup_epochs: float = 0.0  # linear rise from 0
-    step_epochs: float = 100.0  # step: multiply by step_gamma every so many epochs
+    step_epochs: float = 100.0  # step: multiply by step_gamma after each so many epochs
     step_gamma: float = 0.5
     poly_power: float = 0.9
     min_lr: float = 0.0  # where linear, cosine and poly end
@@ -102,21 +101,21 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save and what to keep."""
+    """When to save checkpoints, and which to keep."""
 
     every_epochs: int = 1
-    every_steps: int = 0  # also every so many steps; 0 = off
-    keep: int = 2  # newest checkpoints kept, besides best.pt
-    # The metric that best.pt has the best of; delta_m: over those of ``reference``; empty: miou, or depth_abs without
-    # segmentation.
+    every_steps: int = 0  # save also after each so many steps; 0 = off
+    keep: int = 2  # how many of the newest checkpoints to keep, besides best.pt
+    # best.pt has the best value of this metric. delta_m is computed from the metrics in ``reference``. Empty means
+    # miou, or depth_abs without segmentation.
     best: str = ""
-    # Of delta_m: metric -> what single-task networks reach on data.eval, as {miou: 0.24, depth_abs: 0.61}.
+    # For delta_m: metric -> value of single-task networks on data.eval, such as {miou: 0.24, depth_abs: 0.61}.
     reference: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What is written while training."""
+    """What a training writes while it runs."""
 
     every_steps: int = 10
     pictures: int = 4  # samples of the evaluation split drawn for TensorBoard; 0 = none
@@ -126,9 +125,9 @@ class LogConfig:
 class Config:
     """A training run."""
 
-    run_dir: str = MISSING  # the run folder; the same command resumes what it holds
+    run_dir: str = MISSING  # the run folder; the same command resumes the run in it
     data: DataConfig = field(default_factory=DataConfig)
-    tasks: tuple[str, ...] = TASKS  # what is trained; the dataset must have targets for each
+    tasks: tuple[str, ...] = TASKS  # the trained tasks; the dataset must have targets for each
     model: dict[str, Any] = field(default_factory=lambda: {"name": "mtunet"})
     weighting: dict[str, Any] = field(default_factory=lambda: {"name": "learned"})
     strategy: dict[str, Any] = field(default_factory=lambda: {"name": "ddp"})
@@ -137,28 +136,30 @@ class Config:
     batch_size: int = 8  # samples per optimiser step, over all ranks and micro-batches
     eval_batch_size: int = 8  # samples per rank and step of evaluation; also the batch of the legacy depth metrics
     eval_every_epochs: int = 1  # 0 = only after the last epoch
-    eval_last_epochs: int = 0  # also after each of the last so many epochs, to average over them
+    eval_last_epochs: int = 0  # evaluate also after each of the last so many epochs, to average over them
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    tf32: bool = False  # on a GPU: what is computed in fp32 may be rounded to 10 bits on the way, which is faster
+    tf32: bool = False  # on a GPU: fp32 computations may round to 10 bits, which is faster
     channels_last: bool = True
-    compile: bool = False  # the network, by torch.compile; the first steps then take minutes
-    # reduce-overhead: CUDA graphs, for small batches that leave a GPU waiting; max-autotune: tries kernels out, slowly
+    compile: bool = False  # compile the network with torch.compile; the first steps then take minutes
+    # reduce-overhead uses CUDA graphs, for small batches that leave a GPU idle. max-autotune tries several kernels and
+    # starts slowly.
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
     sync_batchnorm: bool = False  # batch-norm statistics over all ranks' samples instead of each rank's own
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
-    timeout_s: float = 600.0  # without a step, or a batch of evaluation, for longer, the training ends; see watchdog.py
+    timeout_s: float = 600.0  # the training ends if no step or evaluation batch ends in this time; see watchdog.py
     on_write_error: Literal["stop", "continue"] = "stop"  # disk full or read-only; the end must be saved
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then the YAML file at ``path``, then ``key=value`` overrides; plugin options filled in.
+    """Defaults, then the YAML file at ``path``, then ``key=value`` overrides. Missing plugin options get their
+    defaults.
 
-    The config.yaml of a run folder means the folder that it lies in, wherever that was when it was written, and a
-    sweep's best.yaml one beside it; a ``run_dir`` among the overrides wins. Raises InputError that names the key, the
-    value and, for a misspelt key, the likely one.
+    The config.yaml of a run folder means the folder where it now lies, even if the folder was moved. A sweep's
+    best.yaml means the folder ``best`` beside it. A ``run_dir`` among the overrides has priority. Raises InputError
+    that names the key, the value and, for a misspelt key, the likely one.
     """
     return _load(
         [_placed(read_yaml(Path(path), Config, _schema_of), Path(path))] if path is not None else [], overrides
@@ -166,18 +167,18 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
 
 def _placed(layer: Any, path: Path) -> Any:
-    """``layer``, read from ``path``, with the run folder that ``path`` means by where it lies, if it does."""
+    """``layer``, read from ``path``. If the place of ``path`` means a run folder, this run folder is put in."""
     folder = own_run_dir(path)
     if folder is not None:
         written = content(layer).get("run_dir")
         if not isinstance(written, str) or Path(written).resolve() != folder.resolve():
-            whole = folder == Path() or str(folder).startswith("~")  # which would be the home folder
+            whole = folder == Path() or str(folder).startswith("~")  # a leading ~ would be read as the home folder
             put_text(layer, "run_dir", str(folder.resolve() if whole else folder))
     return layer
 
 
 def config_from_text(text: str, overrides: Sequence[str] = ()) -> Config:
-    """The config that ``to_yaml`` turned into ``text``, with ``overrides``; errors as ``load_config``."""
+    """The config from the ``text`` of ``to_yaml``, with ``overrides``. Errors as in ``load_config``."""
     return _load([parse_yaml(text, Config, _schema_of)], overrides)
 
 
@@ -198,7 +199,7 @@ def _load(layers: list[Any], overrides: Sequence[str]) -> Config:
 
 
 def _schema_of(section: str, name: str) -> type | None:
-    """What the section may hold where it names the plugin ``name``; None if there is no such plugin."""
+    """The fields of the section if it names the plugin ``name``. None if there is no such plugin."""
     known = section in PLUGIN_SECTIONS and name in plugins.available(section)
     return plugins.options_schema(section, name) if known else None
 
@@ -209,19 +210,20 @@ def _keys_of_default_plugins() -> list[str]:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write ``config`` as YAML that ``load_config`` reads back to an equal one; a kill leaves the file of before."""
+    """Write ``config`` as YAML, so that ``load_config`` reads back an equal config. A kill leaves the previous file."""
     write_text(path, to_yaml(config))
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """``config`` as one level of dotted keys."""
+    """Return ``config`` as a flat dictionary of dotted keys."""
     return dict(leaves(dataclasses.asdict(config)))
 
 
 def plugin_options(
     kind: str, name: str, given: dict[str, Any] | Sequence[str], overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The options of a plugin: its defaults, ``given`` (a mapping or ``key=value`` words), then ``overrides``; typed.
+    """The typed options of a plugin: its defaults, then ``given`` (a mapping or ``key=value`` words), then
+    ``overrides``.
 
     Raises InputError that names plugin, key and value.
     """
@@ -234,7 +236,8 @@ def plugin_options(
 
 
 def _plugin_section(kind: str, section: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """``section`` with ``overrides`` (words whose keys start inside the section), completed from the plugin."""
+    """``section`` with ``overrides`` (words whose keys start inside the section). Missing options come from the
+    plugin."""
     options = dict(section)
     name = options.pop("name", None)
     for word in overrides:
@@ -247,7 +250,7 @@ def _plugin_section(kind: str, section: dict[str, Any], overrides: Sequence[str]
 
 
 def _check(config: Config) -> None:
-    """What types cannot say."""
+    """Check what types cannot express."""
     positive = {
         "epochs": config.epochs,
         "batch_size": config.batch_size,
@@ -296,7 +299,7 @@ def _check(config: Config) -> None:
     if not 0 <= config.optim.momentum < 1:
         raise InputError(f"optim.momentum={config.optim.momentum} must be in [0, 1)")
     if config.compile and config.compile_mode != "default" and config.optim.accumulate > 1:
-        # Gradients would lie in memory of the CUDA graph, which the next micro-batch writes to.
+        # Otherwise gradients lie in memory of the CUDA graph, and the next micro-batch overwrites them.
         raise InputError(
             f"compile_mode={config.compile_mode} uses CUDA graphs, which optim.accumulate={config.optim.accumulate} "
             "does not work with; compile_mode=default does"

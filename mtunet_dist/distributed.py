@@ -1,4 +1,4 @@
-"""The process group: started from torchrun's environment, or absent, in which case every call here is a no-op."""
+"""The process group. It is made from torchrun's environment. Without a group every call here is a no-op."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from mtunet_dist.errors import END_S, InputError, MTUNetError, PreemptedError
 
 T = TypeVar("T")
 
-LONGEST_S = 3e7  # a year; what libraries count in nanoseconds, or as a C int, ends at three hundred
-LEAVE_S = 0.1  # that gloo's threads have to drop their tensors: as the interpreter ends, they no longer can
+LONGEST_S = 3e7  # a year; libraries that count in nanoseconds or in a C int overflow after about three hundred years
+LEAVE_S = 0.1  # time for gloo's threads to drop their tensors; they cannot do it while the interpreter ends
 _left: list[Any] = []  # groups; see ``leave``
 
-RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets, and init_process_group needs
+RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # from torchrun, for init_process_group
 
 
 def is_on() -> bool:
-    """Whether a process group exists."""
+    """Whether there is a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
-    """This process's number among all, 0 without a group."""
+    """This process's number among all processes; 0 without a group."""
     return dist.get_rank() if is_on() else 0
 
 
 def world_size() -> int:
-    """Number of processes, 1 without a group."""
+    """The number of processes; 1 without a group."""
     return dist.get_world_size() if is_on() else 1
 
 
@@ -50,7 +50,8 @@ def is_main() -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto``: this process's GPU where there is one, else the CPU. Raises InputError for a device that is absent."""
+    """``auto`` means this process's GPU, or the CPU if there is no GPU. Raises InputError for a device that is
+    absent."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -66,24 +67,25 @@ def pick_device(name: str) -> torch.device:
 
 @contextmanager
 def process_group(device: torch.device, timeout_s: float) -> Iterator[None]:
-    """Join the group that torchrun describes, leave it at the end.
+    """Join the group that torchrun describes, and leave it at the end.
 
-    An existing group (Ray Train, a test) is used and left alone; without torchrun's variables there is none. A process
-    that torchrun's agent has started ends with it, also where that is killed.
+    An existing group (Ray Train, a test) is used and not closed. Without torchrun's variables there is no group. A
+    process that torchrun's agent has started ends with the agent, even if the agent is killed.
     """
     if is_on() or not all(name in os.environ for name in RENDEZVOUS):
         yield
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
-    # Later than the watchdog, which says more; before the loop, where there is none, this limit is the only one.
+    # This limit is later than the watchdog's, whose message says more. Before the training loop there is no watchdog.
     timeout = timedelta(seconds=min(timeout_s, LONGEST_S) + 60)
-    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"  # this node, or Ray, whose heads have numbers
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"  # one node, or Ray, which gives numeric addresses
     use_route_to(os.environ["MASTER_ADDR"], alone=alone)
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     if alone:
-        # torchrun's agent keeps its store over a restart, with the addresses of the processes before, and gloo tries to
-        # reach them. Agents of several nodes may have counted differently: there, see docs/distributed.md.
+        # torchrun's agent keeps its store over a restart. The store then has the addresses of the previous processes,
+        # and gloo would connect to them. The agents of several nodes may count restarts differently; see
+        # docs/distributed.md.
         store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     group: dict[str, Any] = {"store": store, "rank": rank, "world_size": world_size, "timeout": timeout}
     if device.type == "cuda":
@@ -96,15 +98,16 @@ def process_group(device: torch.device, timeout_s: float) -> Iterator[None]:
     except PreemptedError:  # raised on every rank
         leave()
         raise
-    leave()  # not after another error: it would wait for ranks that may be gone, and hide the error
+    leave()  # not after another error: leaving would wait for ranks that may be gone, and hide the error
 
 
 def leave(destroy: Callable[[], None] = dist.destroy_process_group) -> None:
-    """Destroy the process group, but not its last reference.
+    """Destroy the process group, but keep a reference to it.
 
-    That is else DDP's, which is dropped with the interpreter's lock held. It waits there for gloo's threads, and where
-    one of them is just dropping the tensors of the last collective, for which it needs that lock, for ever. A process
-    that is held up for ``END_S`` is ended, with the stacks of its threads on stderr.
+    Otherwise DDP holds the last reference, which is dropped while this thread holds the interpreter's lock. The
+    destructor waits for gloo's threads. If one of them is dropping the tensors of the last collective, it needs the
+    same lock, and both wait for ever. If this function takes longer than ``END_S``, the process is ended, with the
+    stacks of its threads on stderr.
     """
     _left.append(dist.group.WORLD)
     faulthandler.dump_traceback_later(END_S, exit=True)
@@ -121,7 +124,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def gather_to_main(value: Any) -> list[Any] | None:
-    """Every rank's picklable ``value`` in rank order on rank 0, None elsewhere."""
+    """On rank 0: the picklable ``value`` of every rank, in rank order. On other ranks: None."""
     if not is_on():
         return [value]
     values: list[Any] | None = [None] * world_size() if is_main() else None
@@ -130,7 +133,7 @@ def gather_to_main(value: Any) -> list[Any] | None:
 
 
 def from_main(value: Any) -> Any:
-    """Rank 0's picklable ``value`` on every rank."""
+    """Return rank 0's picklable ``value`` on every rank."""
     if not is_on():
         return value
     box = [value]
@@ -139,15 +142,15 @@ def from_main(value: Any) -> Any:
 
 
 def everyone(value: T) -> list[T]:
-    """Every rank's picklable ``value`` in rank order, on every rank."""
+    """Return the picklable ``value`` of every rank, in rank order, on every rank."""
     values: list[T] = from_main(gather_to_main(value))
     return values
 
 
 def decide(choose: Callable[[], T]) -> T:
-    """What ``choose`` returns on rank 0, on every rank; it is called there alone.
+    """Call ``choose`` on rank 0 only, and return its result on every rank.
 
-    An MTUNetError that it raises there is raised on every rank, so that none waits for one that has given up.
+    If ``choose`` raises an MTUNetError, every rank raises it, so that no rank waits for one that has stopped.
     """
     outcome: Any = None
     if is_main():
@@ -163,7 +166,7 @@ def decide(choose: Callable[[], T]) -> T:
 
 
 def running_statistics(module: torch.nn.Module) -> dict[str, Tensor]:
-    """The batch-norm statistics by name. Each rank's saw its own samples only."""
+    """The batch-norm statistics by name. The statistics of each rank cover its own samples only."""
     return {n: b for n, b in module.named_buffers() if n.endswith(("running_mean", "running_var"))}
 
 
@@ -177,7 +180,8 @@ def mean_over_ranks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def average_statistics(module: torch.nn.Module) -> None:
-    """Give all ranks the same batch-norm statistics, their mean: an evaluation shared by the ranks needs one model."""
+    """Set the batch-norm statistics of all ranks to their mean: an evaluation that ranks share needs the same model on
+    each."""
     statistics = running_statistics(module)
     for name, mean in mean_over_ranks(statistics).items():
         statistics[name].copy_(mean)

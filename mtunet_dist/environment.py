@@ -1,4 +1,5 @@
-"""What a process runs on and with: kept in the run folder and, as far as bits may depend on it, in each checkpoint."""
+"""The software and hardware of a process. It is recorded in the run folder. The part that can change bits is also
+recorded in each checkpoint."""
 
 from __future__ import annotations
 
@@ -22,12 +23,12 @@ PACKAGES = ("nvidia-dali-cuda130", "deepspeed", "numpy", "pillow")
 
 
 def fingerprint() -> dict[str, str]:
-    """Versions and devices that the last bits of a result may depend on."""
+    """Versions and devices that can change the last bits of a result."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "mtunet_dist": __version__,
         "python": platform.python_version(),
-        "torch": str(torch.__version__),  # a subclass of str, which a checkpoint could not hold
+        "torch": str(torch.__version__),  # torch's version is a subclass of str, which a checkpoint cannot hold
         "cuda": torch.version.cuda or "none",
         **{name: _version(name) for name in PACKAGES},
         "cpu": _cpu(),
@@ -55,7 +56,7 @@ def environment() -> dict[str, Any]:
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What differs between two fingerprints, as ``torch 2.12 (now 2.13)``, of what both tell."""
+    """The differences between two fingerprints, such as ``torch 2.12 (now 2.13)``. Only keys in both are compared."""
     keys = sorted(before.keys() & now.keys())
     return [f"{k} {before.get(k)} (now {now.get(k)})" for k in keys if before.get(k) != now.get(k)]
 
@@ -85,7 +86,7 @@ def _driver() -> str:
 
 
 def _cpu() -> str:
-    """The CPU's name; libraries choose their kernels by it."""
+    """The name of the CPU. Libraries choose their kernels by it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -95,7 +96,7 @@ def _cpu() -> str:
 
 
 def _git_state() -> str | None:
-    """Commit of the code, with ``-dirty`` when it was changed since; None outside a repository."""
+    """The commit of the code, with ``-dirty`` if the code has changed since. None outside a repository."""
     try:
         result = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40"],

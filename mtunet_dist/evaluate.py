@@ -34,11 +34,11 @@ from mtunet_dist.files import write_json
 from mtunet_dist.metrics import SegmentationMetric, higher_is_better
 from mtunet_dist.multitask import MultiTaskStep, Segmentation, Task, build_step, place
 
-HEADINGS = {"trained": "trained", "constant": "best constant"}  # of the table, by key in the JSON
+HEADINGS = {"trained": "trained", "constant": "best constant"}  # headings of the table, by key in the JSON
 
 
 class Predictor(Protocol):
-    """What can be evaluated."""
+    """An object that can be evaluated."""
 
     tasks: list[Task]
 
@@ -48,14 +48,14 @@ class Predictor(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Figures over a whole split, equal on all ranks; ``class_iou`` is NaN for classes that do not occur."""
+    """Figures over a whole split, equal on all ranks. ``class_iou`` is NaN for classes that do not occur."""
 
     samples: int
     metrics: dict[str, float]
     class_iou: dict[str, float]
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON, where NaN becomes null."""
+        """The figures as JSON values. NaN becomes null."""
         clean = [{k: None if math.isnan(v) else v for k, v in d.items()} for d in (self.metrics, self.class_iou)]
         return {"samples": self.samples, "metrics": clean[0], "class_iou": clean[1]}
 
@@ -64,9 +64,9 @@ class Evaluation:
 def evaluate(
     predictor: Predictor, loader: Loader, device: torch.device, on_batch: Callable[[], None] = lambda: None
 ) -> Evaluation:
-    """Run ``predictor``, in evaluation mode, over this rank's share of a split and reduce over ranks.
+    """Run ``predictor``, in evaluation mode, on this rank's share of a split, and sum the results over all ranks.
 
-    Its metrics are those of ``metric_names``. ``on_batch`` is called after each batch.
+    The metrics are those of ``metric_names``. ``on_batch`` is called after each batch.
     """
     metrics = {task.name: task.metric(device) for task in predictor.tasks}
     losses = {task.name: torch.zeros(2, dtype=torch.float64, device=device) for task in predictor.tasks}
@@ -96,12 +96,12 @@ def evaluate(
 
 
 def metric_names(tasks: Sequence[Task]) -> list[str]:
-    """The metrics that ``evaluate`` gives for ``tasks``."""
+    """The names of the metrics that ``evaluate`` returns for ``tasks``."""
     return [n for t in tasks for n in (*t.metric(torch.device("cpu")).compute(), f"loss/{t.name}")]
 
 
 def eval_loader(config: Config, split: Split, device: torch.device) -> Loader:
-    """A loader of this rank's share of ``split``, every sample once. InputError if there is none."""
+    """A loader of this rank's share of ``split``, with every sample once. InputError if there is no such split."""
     if not len(split):
         raise InputError(f"{split.root}: the split '{'+'.join(split.names)}' has no samples to evaluate on")
     order = EvalOrder(
@@ -122,7 +122,7 @@ def load_step(state: checkpoint.State, config: Config, device: torch.device) -> 
 
 
 def add_run_argument(parser: argparse.ArgumentParser) -> None:
-    """The ``path`` that ``load_run`` takes, on a command line."""
+    """Add the ``path`` that ``load_run`` takes to a command line."""
     parser.add_argument(
         "path",
         type=arguments.path,
@@ -132,7 +132,7 @@ def add_run_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def load_run(path: Path, overrides: Sequence[str]) -> tuple[checkpoint.State, Config, Path]:
-    """The checkpoint that ``path`` (a run folder or a checkpoint) means, its config with ``overrides``, its file."""
+    """The checkpoint of ``path`` (a run folder or a checkpoint), its config with ``overrides``, and its file."""
     file = checkpoint.resolve(path)
     checkpoint.check(file)
     state = checkpoint.load(file)
@@ -140,7 +140,7 @@ def load_run(path: Path, overrides: Sequence[str]) -> tuple[checkpoint.State, Co
 
 
 def check_same_meaning(dataset: DatasetInfo, state: checkpoint.State) -> None:
-    """Refuse (InputError) a dataset whose classes or depth are not those that the checkpoint was trained on."""
+    """Raise InputError if the classes or depth of a dataset differ from those that the checkpoint was trained on."""
     trained = DatasetInfo.from_json(json.loads(state["dataset"]))
     for what in ("classes", "depth"):
         here, there = getattr(dataset, what), getattr(trained, what)
@@ -149,8 +149,8 @@ def check_same_meaning(dataset: DatasetInfo, state: checkpoint.State) -> None:
 
 
 def table(title: str, columns: dict[str, Evaluation]) -> Table:
-    """Metrics as rows, one column per evaluation, then the IoU of each class."""
-    # Text, as rich would take what stands in [] or between colons for markup.
+    """A table of metrics, one row each and one column per evaluation, then the IoU of each class."""
+    # Text, because rich reads strings with [] or colons as markup.
     result = Table(title=Text(title), title_justify="left", title_style="bold")
     result.add_column("metric")
     for name in columns:
@@ -167,7 +167,7 @@ def table(title: str, columns: dict[str, Evaluation]) -> Table:
 def _cell(key: str, value: float) -> str:
     if math.isnan(value):
         return "-"
-    return f"{value:.2%}" if higher_is_better(key) else f"{value:.4f}"  # more is better of shares alone
+    return f"{value:.2%}" if higher_is_better(key) else f"{value:.4f}"  # only shares are better when higher
 
 
 @command
@@ -188,7 +188,7 @@ def main() -> None:
         step = load_step(state, config, device)
         loader = eval_loader(config, dataset.split(name), device)
         results = {"trained": evaluate(step, loader, device)}
-        if set(config.data.train.split("+")) <= dataset.info.splits.keys():  # a dataset for tests may have none
+        if set(config.data.train.split("+")) <= dataset.info.splits.keys():  # datasets for tests may lack it
             constant = ConstantPredictor(step.tasks, dataset.split(config.data.train), config.data.on_error)
             results["constant"] = evaluate(constant, loader, device)
         main_rank = distributed.is_main()

@@ -1,8 +1,8 @@
 """Weights for other programs: ``python -m mtunet_dist.export RUN_OR_CHECKPOINT --out FILE.safetensors``.
 
-A safetensors file of the network's ``state_dict``, contiguous, parameters and batch-norm statistics in float32; its
-metadata, all text, say how to use them: ``config`` (YAML), ``dataset`` (JSON: classes, depth),
-``image_mean`` and ``image_std`` (JSON: subtract, divide; of RGB 0..255), ``step``.
+The safetensors file holds the network's ``state_dict``: contiguous parameters and batch-norm statistics in float32. Its
+metadata are text and say how to use them: ``config`` (YAML), ``dataset`` (JSON: classes, depth), ``image_mean`` and
+``image_std`` (JSON: subtract from RGB 0..255, then divide), ``step``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from mtunet_dist.multitask import IMAGE_MEAN, IMAGE_STD
 
 
 def export(state: checkpoint.State, out: Path) -> int:
-    """Write the weights in a checkpoint's ``state`` to ``out``; returns how many numbers. InputError if it cannot."""
+    """Write the weights in the ``state`` of a checkpoint to ``out``. Returns how many numbers. InputError if it
+    cannot."""
     prefix = "model."
     saved = state["strategy"]["model"].items()
     weights = {name.removeprefix(prefix): value.contiguous() for name, value in saved if name.startswith(prefix)}

@@ -15,23 +15,25 @@ from torch import Tensor
 
 from mtunet_dist.schema import VOID
 
-DELTA = "delta_m"  # the name of what ``delta_m`` returns, among metrics
+DELTA = "delta_m"  # the name under which the result of ``delta_m`` stands among the metrics
 
 
 def higher_is_better(name: str) -> bool:
-    """Whether more of the metric ``name`` (also a ``legacy/`` one) is better: so with shares, delta-m, not errors."""
+    """Whether a higher value of the metric ``name`` (also a ``legacy/`` one) is better: yes for shares and delta_m, no
+    for errors."""
     return name.endswith(("miou", "accuracy", "delta1")) or name == DELTA
 
 
 def task_of(name: str) -> str:
-    """The task that the metric ``name`` judges."""
+    """The task that the metric ``name`` measures."""
     return "segmentation" if name.endswith(("miou", "accuracy", "/segmentation")) else "depth"
 
 
 def delta_m(multi: Mapping[str, float], single: Mapping[str, float], names: Sequence[str]) -> float:
-    """How much better ``multi`` is than ``single``, relatively, in percent: positive is better, nan if one is unknown.
+    """How much better ``multi`` is than ``single``, relative and in percent. Positive is better; nan if a value is
+    unknown.
 
-    The mean over tasks of (-1)^l (M_multi - M_single) / M_single with l = 1 where less is better: Maninis, Radosavovic,
+    The mean over tasks of (-1)^l (M_multi - M_single) / M_single, with l = 1 if lower is better: Maninis, Radosavovic,
     Kokkinos, "Attentive single-tasking of multiple tasks", CVPR 2019. A task with several metrics among ``names``
     counts with their mean, as in LibMTL.
     """

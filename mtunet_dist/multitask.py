@@ -1,7 +1,7 @@
-"""The tasks, and the one module that a strategy wraps: network, losses and loss weights together.
+"""The tasks, and the single module that a strategy wraps: network, losses and loss weights together.
 
-Because all that is trained sits in one module with one scalar out, weights that learn by gradient are reduced,
-optimised and saved like any other parameter, whatever wraps it.
+All trained parameters are in one module with one scalar output. Therefore any strategy reduces, optimises and saves
+loss weights that learn by gradient like every other parameter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Batch = dict[str, Tensor]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# The usual ImageNet statistics; every first layer is followed by batch norm, so any fixed scaling serves.
+# The usual ImageNet statistics. Any fixed scaling works, because a batch norm follows every first layer.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 
@@ -40,23 +40,23 @@ class Metric(Protocol):
 
 
 class Task(Protocol):
-    """One thing predicted per pixel; its target is ``batch[name]``."""
+    """One task: a prediction for each pixel. Its target is ``batch[name]``."""
 
     name: str
     channels: int
 
     def loss(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of the loss over valid pixels, and their number."""
+        """The sum of the loss over valid pixels, and their number."""
 
     def valid(self, target: Tensor) -> Tensor:
-        """How many pixels of ``target`` are valid."""
+        """The number of valid pixels in ``target``."""
 
     def metric(self, device: torch.device) -> Metric:
-        """A new accumulator."""
+        """A new accumulator for this task's metrics."""
 
 
 class Weighting(Protocol):
-    """How losses become one: a module; see ``weightings/``."""
+    """A module that combines the losses into one total; see ``weightings/``."""
 
     def __call__(self, losses: dict[str, Tensor]) -> Tensor:
         """The total of the tasks' losses."""
@@ -104,7 +104,7 @@ class Depth:
         return depth_loss(prediction, target)
 
     def valid(self, target: Tensor) -> Tensor:
-        """Number of pixels with a depth."""
+        """The number of pixels that have a depth."""
         return ((target > 0) & target.isfinite()).sum()
 
     def metric(self, device: torch.device) -> DepthMetric:
@@ -122,7 +122,8 @@ def make_tasks(names: Sequence[str], classes: Sequence[ClassInfo], depth: DepthI
 
 
 class MultiTaskStep(nn.Module):
-    """Batch in, weighted total loss out. Owns normalisation and autocast, so training and use agree."""
+    """Takes a batch and returns the weighted total loss. It does normalisation and autocast, so training and
+    use agree."""
 
     image_mean: Tensor
     image_std: Tensor
@@ -139,9 +140,9 @@ class MultiTaskStep(nn.Module):
         self.register_buffer("image_std", torch.tensor(IMAGE_STD).view(3, 1, 1) * 255, persistent=False)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Total loss with gradient, and each task's own loss without.
+        """The total loss with gradient, and the loss of each task without gradient.
 
-        A loss is the sum over valid pixels divided by their number: this batch's, or what
+        A loss is the sum over valid pixels divided by their number: the number in this batch, or the one that
         ``share_valid_counts`` put into the batch.
         """
         outputs = self.predict(batch["image"])
@@ -159,7 +160,7 @@ class MultiTaskStep(nn.Module):
         return {name: output.float() for name, output in outputs.items()}
 
     def predict_with_masks(self, image: Tensor) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
-        """``predict``, and the attention masks per task, deepest decoder block first, of a model that has them."""
+        """The result of ``predict``, and for models with attention their masks by task, deepest decoder block first."""
         forward_with_masks: Any = getattr(self.model, "forward_with_masks", None)
         if forward_with_masks is None:
             return self.predict(image), {}
@@ -175,9 +176,9 @@ class MultiTaskStep(nn.Module):
 
 
 def build_step(config: Config, classes: Sequence[ClassInfo], depth: DepthInfo) -> MultiTaskStep:
-    """The untrained MultiTaskStep that ``config`` describes, for a dataset of these classes and this depth.
+    """The untrained MultiTaskStep that ``config`` describes, for a dataset with these classes and this depth.
 
-    Sets how this process computes in fp32, see ``set_fp32_precision``.
+    Also sets how this process computes in fp32, see ``set_fp32_precision``.
     """
     set_fp32_precision(config.tf32)
     tasks = make_tasks(config.tasks, classes, depth)
@@ -187,25 +188,25 @@ def build_step(config: Config, classes: Sequence[ClassInfo], depth: DepthInfo) -
 
 
 def set_fp32_precision(tf32: bool) -> None:
-    """Whether a GPU may use TF32 for convolutions and matrix products in fp32. torch's own defaults differ: yes, no."""
+    """Set whether a GPU may use TF32 for convolutions and matrix products in fp32. torch's defaults are yes and no."""
     kind = "tf32" if tf32 else "ieee"
     torch.backends.cudnn.conv.fp32_precision = kind  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.fp32_precision = kind
 
 
 def place(step: MultiTaskStep, device: torch.device, channels_last: bool) -> MultiTaskStep:
-    """Move ``step`` to ``device`` and give its convolution weights the strides they are fastest with."""
+    """Move ``step`` to ``device``, and give its convolution weights the memory layout that is fastest there."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     placed: MultiTaskStep = step.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
     return placed
 
 
 def check_model(step: MultiTaskStep, height: int, width: int, samples: int = 2) -> None:
-    """Try the model on the shape of the data, without arithmetic, before any work starts.
+    """Try the model on the shape of the data, without arithmetic, before the training starts.
 
-    ``samples`` are those over which a batch norm normalises in training. Raises InputError if the model does not take
-    images of that size, does not return what each task needs, or has a batch norm that would see one value alone; a
-    model's own InputError says more.
+    ``samples`` is the number of samples over which a batch norm normalises in training. Raises InputError if the model
+    does not take images of that size, if it does not return what each task needs, or if a batch norm would see only one
+    value. An InputError of the model itself is raised unchanged.
     """
     model: nn.Module = copy.deepcopy(step.model).to("meta").eval()
     outputs = model(torch.empty(2, 3, height, width, device="meta"))
@@ -221,7 +222,7 @@ def check_model(step: MultiTaskStep, height: int, width: int, samples: int = 2) 
 
 
 def _check_batch_norm(model: nn.Module, height: int, width: int) -> None:
-    """Raise InputError if a batch norm of a ``model`` without memory would normalise a single value."""
+    """Raise InputError if a batch norm would normalise a single value. ``model`` has no memory (meta device)."""
     try:
         model.train()(torch.empty(1, 3, height, width, device="meta"))
     except ValueError as error:
@@ -235,10 +236,12 @@ def _check_batch_norm(model: nn.Module, height: int, width: int) -> None:
 
 
 def share_valid_counts(batches: Sequence[Batch], tasks: Sequence[Task]) -> None:
-    """Put into each micro-batch of one optimiser step the mean number of valid pixels over all of them, on all ranks.
+    """Put the mean number of valid pixels, over all ranks and micro-batches of an optimiser step, into each
+    micro-batch.
 
-    Dividing by it instead of by its own count makes the averaged gradient that of one mean over all valid pixels
-    of the step, however they are spread over ranks and micro-batches. One all-reduce of a few numbers.
+    Each loss is divided by this mean instead of its own count. The averaged gradient is then the gradient of one mean
+    over all valid pixels of the step, for any split over ranks and micro-batches. It costs one all-reduce of a few
+    numbers.
     """
     counts = torch.stack([torch.stack([t.valid(b[t.name]) for b in batches]).sum() for t in tasks]).double()
     parts = len(batches) * distributed.world_size()

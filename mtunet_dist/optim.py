@@ -15,16 +15,17 @@ from mtunet_dist.errors import InputError
 from mtunet_dist.multitask import MultiTaskStep
 
 NamedState = dict[str, dict[str, Tensor]]
-"""What an optimiser knows of each parameter, by the parameter's name: ``step``, a scalar; all else (``exp_avg``,
-``exp_avg_sq``, ``momentum_buffer``) of the parameter's shape. Empty for a parameter never updated. Needs neither the
-order of parameters and groups nor how they are spread over ranks, so any strategy can write and read it."""
+"""The state of an optimiser, by the name of the parameter: ``step``, a scalar; every other entry (``exp_avg``,
+``exp_avg_sq``, ``momentum_buffer``) has the parameter's shape. It is empty for a parameter that was never updated. It
+does not depend on the order of parameters and groups, nor on how ranks share them, so that any strategy can write and
+read it."""
 
 
 def build_optimizer(step: MultiTaskStep, config: OptimConfig) -> Optimizer:
     """The configured optimiser over ``step``.
 
-    Biases and norm parameters are not decayed. Weights of the losses that learn by gradient form a group of their
-    own with the weighting's ``lr``, which no schedule changes.
+    Biases and norm parameters have no weight decay. Loss weights that learn by gradient form their own group with the
+    weighting's ``lr``, which no schedule changes.
     """
     model = [p for p in step.model.parameters() if p.requires_grad]
     weighting: Any = step.weighting
@@ -49,10 +50,10 @@ def build_optimizer(step: MultiTaskStep, config: OptimConfig) -> Optimizer:
 
 
 def start_momentum(optimizer: Optimizer) -> None:
-    """Give SGD momentum of zero, as if it had been updated before; with other optimisers nothing happens.
+    """Give SGD a momentum of zero, as if it had been updated before. Other optimisers are not changed.
 
-    Fused SGD that a GradScaler tells to leave out its first step, as gradients overflow, would otherwise take memory
-    that nobody has written for the momentum of the second.
+    If gradients overflow in the first step, a GradScaler makes fused SGD skip it. In the second step fused SGD would
+    then use uninitialised memory as momentum.
     """
     if isinstance(optimizer, torch.optim.SGD):
         for group in optimizer.param_groups:
@@ -85,7 +86,7 @@ def lr_at(step: int, config: OptimConfig, steps_per_epoch: int, total_steps: int
 
 
 def named_state(optimizer: Optimizer, module: nn.Module) -> NamedState:
-    """The state of ``optimizer``, which holds the trained parameters of ``module`` whole; tensors are not copied."""
+    """The state of ``optimizer``, which holds the whole trained parameters of ``module``. Tensors are not copied."""
     return {name: dict(optimizer.state.get(p, {})) for name, p in module.named_parameters() if p.requires_grad}
 
 
@@ -97,12 +98,13 @@ def named_tensors(optimizer: Optimizer, module: nn.Module) -> Iterator[tuple[str
 
 
 def load_named_state(optimizer: Optimizer, module: nn.Module, state: NamedState) -> None:
-    """Restore what ``named_state`` returned; InputError if it is of other parameters."""
+    """Restore a state from ``named_state``. InputError if it belongs to other parameters."""
     check_names(module, state)
     optimizer.state.clear()
     for name, parameter in module.named_parameters():
         if state.get(name):
-            # Fused optimisers walk memory, not indices: moments must be laid out as their parameter is here.
+            # Fused optimisers read memory in order, not by index: the moments need the memory layout of their parameter
+            # here.
             optimizer.state[parameter] = {
                 slot: value.to(parameter.device, copy=True)
                 if slot == "step"
@@ -112,7 +114,7 @@ def load_named_state(optimizer: Optimizer, module: nn.Module, state: NamedState)
 
 
 def check_names(module: nn.Module, state: NamedState) -> None:
-    """Raise InputError unless ``state`` is of exactly the trained parameters of ``module``."""
+    """Raise InputError unless ``state`` belongs to exactly the trained parameters of ``module``."""
     expected = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     if odd := sorted(expected ^ state.keys()):
         raise InputError(f"the optimiser's state in the checkpoint is of other parameters; first difference: {odd[0]}")

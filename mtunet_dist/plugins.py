@@ -1,8 +1,8 @@
-"""Plugins: the file name is the registry.
+"""Plugins: the name of a file is the name of its plugin.
 
-``models/mtunet.py`` is ``model.name=mtunet``. A plugin file ends with ``PLUGIN = TheClass``; the positional
-parameters of that class are what the program hands it, its keyword-only parameters are the options that a config
-may set. To add a model, weighting, source or strategy, add one file; nothing else needs to know about it.
+``models/mtunet.py`` is ``model.name=mtunet``. A plugin file ends with ``PLUGIN = TheClass``. The program passes the
+positional parameters of that class. Its keyword-only parameters are the options that a config may set. To add a model,
+weighting, source or strategy, add one file; no other code changes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def available(kind: str) -> list[str]:
 
 
 def find(kind: str, name: str) -> type:
-    """The class behind ``name``. Raises InputError that lists the valid names, or names a file without a plugin."""
+    """The class of plugin ``name``. Raises InputError that lists the valid names, or that names a file without a
+    plugin."""
     names = available(kind)
     if name not in names:
         raise InputError(f"unknown {kind} '{name}'.{closest(name, names)} Available: {', '.join(names)}")
@@ -40,9 +41,9 @@ def find(kind: str, name: str) -> type:
 
 
 def options_schema(kind: str, name: str) -> type:
-    """A dataclass of the options of plugin ``name`` (its keyword-only parameters) with types and defaults.
+    """A dataclass of the options of plugin ``name`` (its keyword-only parameters), with types and defaults.
 
-    Raises InputError that names the file of a plugin where either is missing.
+    Raises InputError that names the plugin's file if an option has no type or no default.
     """
     plugin = find(kind, name)
     options = [p for p in inspect.signature(plugin).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
@@ -73,5 +74,6 @@ def _is_option(kind: Any) -> bool:
 
 
 def build(kind: str, section: Mapping[str, Any], *args: Any) -> Any:
-    """Make the plugin ``section["name"]`` from what the program hands it (``args``); the rest are its options."""
+    """Make the plugin ``section["name"]`` with the program's arguments ``args``. The rest of ``section`` are its
+    options."""
     return find(kind, section["name"])(*args, **{key: value for key, value in section.items() if key != "name"})

@@ -1,8 +1,8 @@
 """Predict on your own images: ``python -m mtunet_dist.predict RUN_OR_CHECKPOINT IMAGE... --out FOLDER``.
 
-Per image STEM, at its own size, upright as its EXIF orientation says: ``STEM.label.png`` (8-bit class indices),
-``STEM.depth.png`` (16-bit, in the stored units of the training set) and ``STEM.preview.png``. Needs the checkpoint
-alone, not the dataset.
+For each image STEM it writes three files at the image's own size, turned upright by its EXIF orientation:
+``STEM.label.png`` (8-bit class indices), ``STEM.depth.png`` (16-bit, in the stored units of the training set) and
+``STEM.preview.png``. It needs only the checkpoint, not the dataset.
 """
 
 from __future__ import annotations
@@ -68,12 +68,13 @@ def write(out: Path, stem: str, rgb: np.ndarray, results: dict[str, np.ndarray],
 
 
 def is_override(word: str) -> bool:
-    """Whether a word of the command line is ``key=value`` and no image."""
+    """Whether a word of the command line is a ``key=value`` and not an image."""
     return re.match(r"[a-z_]+(\.[a-z_]+)*=", word) is not None and not Path(word).exists()
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The images among ``paths`` and in the folders among them. InputError if one is neither, or stems collide."""
+    """The images among ``paths``, and those in folders among them. InputError if a path is neither, or if stems
+    collide."""
     images: dict[str, Path] = {}
     for path in paths:
         found = [p for p in entries(path) if p.suffix.lower() in SUFFIXES] if path.is_dir() else [path]
@@ -91,7 +92,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 
 def check_out(out: Path, images: Sequence[Path]) -> None:
-    """Refuse (InputError) a folder ``out`` from which later runs would take results for images."""
+    """Raise InputError if later runs would read the results in ``out`` as images."""
     for image in images:
         if out.resolve() in (image.parent.resolve(), image.resolve().parent):
             raise InputError(f"--out {out}: {image} lies there, and results would be taken for images; choose another")
@@ -116,7 +117,7 @@ def main() -> None:
     args.overrides = [word for word in args.words if is_override(word)]
     images = find_images([arguments.path(word) for word in args.words if not is_override(word)])
     check_out(args.out, images)
-    state, config, file = load_run(args.path, ["device=auto", *arguments.overrides(args)])  # whatever it was trained on
+    state, config, file = load_run(args.path, ["device=auto", *arguments.overrides(args)])  # not the training's device
     device = distributed.pick_device(config.device)
     info = DatasetInfo.from_json(json.loads(state["dataset"]))
     step = load_step(state, config, device)

@@ -1,7 +1,7 @@
-"""Ending on request: a signal is noted, all ranks agree at a step boundary, write a checkpoint and leave.
+"""Stop on request. The process notes the signal; all ranks agree at a step boundary, write a checkpoint and exit.
 
-Schedulers announce preemption and time limits by SIGTERM, or by the signal that a job asked for. A terminal's Ctrl-C is
-SIGINT; the second ends a process at once, without a traceback, wherever it is.
+Schedulers send SIGTERM, or a signal that the job chose, before a preemption or a time limit. Ctrl-C in a terminal sends
+SIGINT. The second SIGINT ends the process at once, at any point, without a traceback.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED_BY = (*SIGNALS, signal.SIGINT)
-SHOW_CURSOR = "\x1b[?25h"  # which a progress bar hides
+SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides the cursor
 
 
 class StopRequest:
-    """While entered, the ``signals`` only set ``received``; at the first SIGINT ``on_interrupt`` is said, and the next
-    ends the process. Outside the main thread, where Python allows no handlers (a Ray worker has its own), nothing
-    changes, and where SIGINT is ignored, as of a script's commands in the background, it still is."""
+    """While entered, the ``signals`` only set ``received``. The first SIGINT also prints ``on_interrupt``, and the
+    second ends the process. Outside the main thread nothing changes, because Python allows no handlers there (a Ray
+    worker has its own). An ignored SIGINT, as in background commands of a script, stays ignored."""
 
     def __init__(self, signals: Sequence[signal.Signals] = STOPPED_BY, on_interrupt: str = "") -> None:
         ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN

@@ -1,4 +1,4 @@
-"""Beginning and going on: what a checkpoint carries over, and from which one a run continues."""
+"""How a run starts and resumes: what a checkpoint carries over, and from which checkpoint a run continues."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from mtunet_dist.place import CONFIG
 from mtunet_dist.run import Run, build
 from mtunet_dist.typed_yaml import to_yaml
 
-# What may differ between a checkpoint and the run that continues it: it does not change what is learned beyond rounding
-# (loader, cache and device: one level of RGB; strategy.compress: eight bits of a gradient), or, as epochs and on_error,
-# the user means it to.
+# Keys that may differ between a checkpoint and the run that continues it. Most of them change what is learned only by
+# rounding (loader, cache and device: one level of RGB; strategy.compress: eight bits of a gradient). Others, such as
+# epochs and on_error, are changes that the user wants.
 MAY_CHANGE = (
     "run_dir",
     "data.root",
@@ -54,10 +54,10 @@ MAY_CHANGE = (
 
 
 def start(config: Config, device: torch.device) -> Run:
-    """Build everything that ``config`` names, take its run folder, restore the newest checkpoint there.
+    """Build everything that ``config`` names, lock its run folder, and restore its newest checkpoint.
 
-    Raises InputError, before anything is written, if config, data and checkpoint do not fit together or another
-    training has the folder; MTUNetError if the folder cannot be written to.
+    Raises InputError, before anything is written, if config, data and checkpoint do not fit together or if another
+    training has the folder. Raises MTUNetError if the folder cannot be written.
     """
     run = build(config, device)
     try:
@@ -72,10 +72,10 @@ def start(config: Config, device: torch.device) -> Run:
 
 
 def save(run: Run, *, best: bool, wait: bool) -> None:
-    """Write a checkpoint; called on every rank. Changes nothing in the run.
+    """Write a checkpoint. Every rank calls it. It changes nothing in the run.
 
-    Returns when the state is copied, or with ``wait`` when the file is there: no rank may end before. Raises
-    MTUNetError, on all ranks alike, if it cannot be written, or the one before could not.
+    Returns when the state is copied. With ``wait`` it returns when the file is on disk; no rank may exit before. Raises
+    MTUNetError on all ranks if this or the previous checkpoint could not be written.
     """
     check_written(run)
     ranks = distributed.gather_to_main(_rank_state(run))
@@ -102,11 +102,11 @@ def save(run: Run, *, best: bool, wait: bool) -> None:
 
 
 def adopt(file: Path, config: Config, best: Path | None = None) -> None:
-    """Make the run folder of ``config`` go on from the checkpoint ``file`` in another run folder, or its own.
+    """Make the run folder of ``config`` continue from the checkpoint ``file`` of another run folder, or of its own.
 
-    With the settings of ``config``, which must fit what the checkpoint holds: other learning rates, say, but not
-    another network. ``best`` is the best model up to that checkpoint, where it is another run's. Nobody else may work
-    in the run folder. Raises InputError if the file is damaged, MTUNetError if the run folder cannot be written to.
+    The settings of ``config`` must fit the checkpoint: other learning rates are allowed, another network is not. If the
+    file is from another run, ``best`` is its best model up to that checkpoint. No other process may work in the run
+    folder. Raises InputError if the file is damaged, MTUNetError if the run folder cannot be written.
     """
     state = checkpoint.load(file)
     state["config"] = to_yaml(config)
@@ -118,9 +118,9 @@ def adopt(file: Path, config: Config, best: Path | None = None) -> None:
 
 
 def check_written(run: Run) -> None:
-    """Return when the checkpoint begun last is on disk; called on every rank.
+    """Wait until the last checkpoint is on disk. Every rank calls it.
 
-    Raises MTUNetError, on all ranks alike, if it could not be written; with ``on_write_error=continue`` only warns.
+    If it could not be written, raises MTUNetError on all ranks, or with ``on_write_error=continue`` only warns.
     """
 
     def written() -> bool:
@@ -140,16 +140,17 @@ def check_written(run: Run) -> None:
 
 
 def _claim(run: Run) -> None:
-    """Take the run folder until the run is closed. Raises InputError as ``lock_folder``."""
+    """Lock the run folder until the run is closed. Raises InputError as ``lock_folder`` does."""
     busy = f"another training is writing to {run.dir}; stop it, or choose another run_dir"
-    # Other ranks wait meanwhile, a little longer than timeout_s.
+    # The other ranks wait during this time, a little longer than timeout_s.
     takeover_s = min(TAKEOVER_S, run.config.timeout_s)
     run.lock = lock_folder(run.dir, busy, key="run_dir=", takeover_s=takeover_s)
     run.writer.check_owner = run.lock.end_if_lost
 
 
 def _describe(run: Run) -> None:
-    """Write what says what the run is. Without config.yaml, which resumes it, nothing begins."""
+    """Write the files that describe the run. A run needs its config.yaml to resume, so without it the run does not
+    start."""
     try:
         save_config(run.config, run.dir / CONFIG)
     except OSError as error:
@@ -161,7 +162,7 @@ def _describe(run: Run) -> None:
 
 
 def _restore(run: Run) -> None:
-    """Continue from the newest checkpoint, or begin with a random state of this rank's own."""
+    """Continue from the newest checkpoint, or start with a random state that differs for each rank."""
     torch.manual_seed(run.config.seed * 1_000_003 + distributed.rank() + 1)  # dropout differs between ranks
     file = distributed.decide(lambda: checkpoint.latest(run.dir / "checkpoints"))
     if file is None:
@@ -183,14 +184,14 @@ def _restore(run: Run) -> None:
 
 
 def _best_of(config: Config) -> dict[str, Any]:
-    """What the value of the best model is a value of."""
+    """The metric and data that the value of the best model belongs to."""
     best = config.checkpoint.best
     of: dict[str, Any] = {"metric": best, "split": config.data.eval, "batch": config.eval_batch_size}
     return {**of, "reference": config.checkpoint.reference} if best == DELTA else of
 
 
 def _check_same_training(run: Run, state: checkpoint.State) -> None:
-    """Refuse to continue a checkpoint of another training."""
+    """Raise InputError if the checkpoint belongs to another training."""
     where = f"{run.dir} holds a checkpoint"
     if state["fingerprint"] != run.train_split.fingerprint:
         raise InputError(f"{where} trained on other data than {run.config.data.root}; choose another run_dir")
@@ -201,7 +202,8 @@ def _check_same_training(run: Run, state: checkpoint.State) -> None:
 
 
 def changed_settings(before: Config, now: Config, may_change: Collection[str]) -> list[str]:
-    """What differs between two configs, as ``optim.lr=0.1 (now 0.2)``, but for keys and sections that may."""
+    """The differences between two configs, such as ``optim.lr=0.1 (now 0.2)``, without the keys and sections that may
+    differ."""
     old, new = flat(before), flat(now)
     return [
         f"{key}={old.get(key)} (now {new.get(key)})"
@@ -211,7 +213,8 @@ def changed_settings(before: Config, now: Config, may_change: Collection[str]) -
 
 
 def _rank_state(run: Run) -> dict[str, Any]:
-    """What differs between ranks: random generators, batch-norm statistics, and the losses of the epoch so far."""
+    """The state that differs between ranks: random generators, batch-norm statistics, and the loss sums of this
+    epoch."""
     local = {name: buffer.cpu() for name, buffer in _local_buffers(run.module).items()}
     state: dict[str, Any] = {"rng": torch.get_rng_state(), "local": local}
     if run.device.type == "cuda":
@@ -220,10 +223,10 @@ def _rank_state(run: Run) -> dict[str, Any]:
 
 
 def _restore_rank(run: Run, ranks: list[dict[str, Any]]) -> None:
-    """Give this rank its own state back.
+    """Restore this rank's own state.
 
-    With another number of ranks the random state starts anew, all continue from the mean of the batch-norm
-    statistics, which is in the model's state, and rank 0 carries on the sums of the losses.
+    If the number of ranks has changed, the random state starts anew. All ranks continue from the mean of the batch-norm
+    statistics, which is in the model's state, and rank 0 continues with the sums of the losses.
     """
     mine = _local_buffers(run.module)
     if len(ranks) == distributed.world_size():
@@ -241,7 +244,7 @@ def _restore_rank(run: Run, ranks: list[dict[str, Any]]) -> None:
 
 
 def _local_buffers(module: torch.nn.Module) -> dict[str, Tensor]:
-    """The buffers that are not the same on all ranks."""
+    """The buffers that differ between ranks."""
     return distributed.running_statistics(module) | _local_sums(module)
 
 

@@ -1,6 +1,6 @@
-"""A run: what it is built from, and its folder.
+"""A run: its parts and its folder.
 
-The folder explains itself: config.yaml, environment.json, metrics.jsonl, tensorboard/, checkpoints/, pictures/.
+The folder holds config.yaml, environment.json, metrics.jsonl, tensorboard/, checkpoints/ and pictures/.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mtunet_dist.sync_batchnorm import synchronise
 
 @dataclasses.dataclass
 class Run:
-    """What the training loop works with."""
+    """The objects that the training loop uses."""
 
     config: Config
     device: torch.device
@@ -47,10 +47,10 @@ class Run:
 
     lock: FolderLock | None = None  # on rank 0; keeps other trainings out of the run folder
 
-    # How far the run is.
+    # The progress of the run.
     step: int = 0  # optimiser steps done
     best: float | None = None  # value of the metric checkpoint.best on the split data.eval
-    best_written: float | None = None  # the same, as far as it is known to be on disk
+    best_written: float | None = None  # the same, of the newest checkpoint that is known to be on disk
     best_submitted: float | None = None  # the same, in the checkpoint that is being written
     evaluated: int = 0  # the step of the newest evaluation
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the newest evaluation
@@ -77,7 +77,7 @@ class Run:
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether the step just done, or the one that a run was stopped after, asks for an evaluation."""
+        """Whether an evaluation is due after the current step, also when a resumed run starts there."""
         epoch, step_in_epoch = divmod(self.step, self.order.steps_per_epoch)
         every, last = self.config.eval_every_epochs, self.config.eval_last_epochs
         wanted = self.step == self.total_steps or (every > 0 and epoch % every == 0)
@@ -85,7 +85,7 @@ class Run:
         return step_in_epoch == 0 and wanted and self.evaluated < self.step
 
     def close(self) -> None:
-        """Finish writing, let others have the run folder, and the strategy give back what it took."""
+        """Finish writing, unlock the run folder, and free the resources of the strategy."""
         self.writer.close()
         self.strategy.close()
         if self.lock is not None:
@@ -93,7 +93,7 @@ class Run:
 
 
 def build(config: Config, device: torch.device) -> Run:
-    """Everything that ``config`` names, untrained. Raises InputError if its parts do not fit together."""
+    """Build everything that ``config`` names, untrained. Raises InputError if its parts do not fit together."""
     dataset = PreparedDataset(Path(config.data.root))
     info = dataset.info
     train_split, eval_split = dataset.split(config.data.train), dataset.split(config.data.eval)
@@ -109,7 +109,7 @@ def build(config: Config, device: torch.device) -> Run:
         seed=config.seed,
     )
     augmentation = make_augmentation(config.data.augment, info, config.seed)
-    torch.manual_seed(config.seed)  # the same initial weights everywhere
+    torch.manual_seed(config.seed)  # the same initial weights on every rank
     step = build_step(config, info.classes, info.depth)
     ranks = distributed.world_size()
     samples = config.batch_size // config.optim.accumulate // (1 if config.sync_batchnorm else ranks)
@@ -143,7 +143,7 @@ def build(config: Config, device: torch.device) -> Run:
 
 
 def _check_best(config: CheckpointConfig, known: Sequence[str]) -> None:
-    """Refuse a metric for best.pt that evaluations do not give, and a reference that delta_m cannot use."""
+    """Raise InputError if best.pt needs a metric that evaluations do not give, or if delta_m cannot use a reference."""
     if config.best not in (*known, DELTA):
         raise InputError(f"checkpoint.best={config.best} is no metric. Available: {', '.join([*known, DELTA])}")
     for name, value in config.reference.items():

@@ -1,4 +1,4 @@
-"""What the classes and the depth of a dataset mean; imports nothing, so worker processes start fast."""
+"""The meaning of the classes and the depth of a dataset. Imports nothing, so that worker processes start fast."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ClassInfo:
 
 @dataclass(frozen=True)
 class DepthInfo:
-    """What stored depth means: ``stored * scale`` is in ``unit``; stored 0 is invalid."""
+    """The meaning of stored depth: ``stored * scale`` is in ``unit``; stored 0 is invalid."""
 
     kind: Literal["metric", "inverse"]
     unit: Literal["metre", "1"]
@@ -28,7 +28,8 @@ class DepthInfo:
 
 
 def class_problem(classes: Sequence[ClassInfo]) -> str | None:
-    """Why labels cannot have these classes, or None. Figures are kept by name, so that equal names would hide some."""
+    """Why labels cannot have these classes, or None. Figures are kept by name, so that an equal name would hide a
+    figure."""
     if not 0 < len(classes) <= MOST_CLASSES:
         return f"{len(classes)} classes; a dataset has 1 to {MOST_CLASSES}, as {VOID} means a pixel without a class"
     before: dict[str, str] = {}

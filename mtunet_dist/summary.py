@@ -20,7 +20,7 @@ from mtunet_dist.data.report import table
 from mtunet_dist.data.splits import Split
 from mtunet_dist.errors import InputError, command
 
-DEPTH_SAMPLES = 500  # of each split, for the histogram
+DEPTH_SAMPLES = 500  # samples of each split for the histogram
 SHOWN = 4  # samples of each split in the picture
 BINS = 60
 WIDTH_INCHES, DPI = 12.0, 110

@@ -28,10 +28,10 @@ _LEAST = {"train": 0, "val": 0, "test": 0, "height": 32, "width": 32, "seed": 0}
 
 
 def synthesize(out: Path, settings: Settings, workers: int = 1) -> None:
-    """Write the scenes of a tree that are not there yet, with this many processes; the files do not depend on it.
+    """Write the missing scenes of a tree with this many processes. The files do not depend on their number.
 
-    A scene is a pure function of (seed, split, index). Raises InputError for settings out of range and for a folder
-    that holds anything but a tree of the same settings, LostProcessError if a worker was killed.
+    A scene is a pure function of (seed, split, index). Raises InputError for settings out of range, and for a folder
+    with other content than a tree of the same settings. Raises LostProcessError if a worker was killed.
     """
     _check(settings, workers)
     _claim(out, settings)
@@ -71,7 +71,7 @@ def _check(settings: Settings, workers: int) -> None:
 
 
 def _claim(out: Path, settings: Settings) -> None:
-    """Record the settings in a new or empty folder; accept a folder that records the same ones."""
+    """Record the settings in a new or empty folder. Accept a folder that has recorded the same settings."""
     wanted, record = {"generator": GENERATOR, **asdict(settings)}, out / RECORD
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is not a folder")

@@ -1,8 +1,8 @@
 """Samples that cannot be decoded, under ``data.on_error=skip``.
 
-Such a sample keeps its place in the batch but adds nothing to any loss or metric: its label is all VOID, its depth
-all 0, and its image that of the first good sample of the batch (black if there is none), so that batch norm sees
-nothing odd. All this needs no word between ranks.
+Such a sample keeps its place in the batch but adds nothing to any loss or metric. Its label is all VOID and its depth
+all 0. Its image is that of the first good sample of the batch (black if there is none), so that batch norm sees normal
+values. The ranks exchange no messages for this.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class BrokenSamples:
         self.skipped = 0
 
     def add(self, position: int, reason: str, *, warn: bool = True) -> None:
-        """Take note of a broken sample, with a warning the first time. Raises InputError when errors are to stop."""
+        """Note a broken sample, with a warning the first time. Raises InputError if ``on_error`` is ``stop``."""
         if self.on_error == "stop":
             raise InputError(reason)
         if position not in self.positions and warn:
@@ -36,7 +36,8 @@ class BrokenSamples:
         self.positions.add(position)
 
     def search(self, split: Split, samples: np.ndarray) -> bool:
-        """Decode ``samples`` one by one and ``add`` those that cannot be; whether any is new."""
+        """Decode ``samples`` one by one and ``add`` those that cannot be decoded. Returns whether any of them
+        is new."""
         known = len(self.positions)
         for i in samples.tolist():
             if i not in self.positions:
@@ -47,12 +48,12 @@ class BrokenSamples:
         return len(self.positions) > known
 
     def count(self, samples: np.ndarray) -> None:
-        """A batch of ``samples`` was handed out."""
+        """Count the broken samples in a batch that is handed out."""
         self.skipped += sum(i in self.positions for i in samples.tolist())
 
 
 def stand_ins(samples: np.ndarray, broken: Collection[int]) -> np.ndarray:
-    """int64 (N,): whose image is shown for each of ``samples``; a broken one's own if the batch has no good one."""
+    """int64 (N,): the sample whose image is shown for each of ``samples``. A batch without a good one keeps its own."""
     if not broken:
         return samples
     good = next((i for i in samples.tolist() if i not in broken), None)

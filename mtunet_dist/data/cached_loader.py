@@ -1,4 +1,4 @@
-"""A split decoded once and kept in memory; batches are gathered and augmented from there, on the device."""
+"""A split that is decoded once and kept in memory. Batches are taken and augmented from there, on the device."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ BYTES_PER_PIXEL = 6  # RGB, label, depth
 
 
 class CachedLoader:
-    """Batches of pixels kept in host memory, once per node, or with ``on_device`` on each rank's device.
+    """Batches from pixels in host memory, one copy per node, or with ``on_device`` on the device of each rank.
 
-    All ranks construct it together; each decodes its share of the split with ``threads`` threads. In host memory the
-    copy is also that of the user's other trainings on the same data (``shared_cache.py``), and nothing is decoded if
-    one of them has it. Raises InputError, on all ranks alike, that says how many bytes are needed and free if it does
-    not fit, and that names a sample that cannot be decoded, unless ``on_error`` is ``skip``. On a CPU device the two
-    places are the same.
+    All ranks construct it together. Each rank decodes its share of the split with ``threads`` threads. The user's other
+    trainings with the same data use the same copy in host memory (``shared_cache.py``). If one of them already has it,
+    nothing is decoded. Raises InputError on all ranks if the split does not fit (the message says how many bytes are
+    needed and free), and for a sample that cannot be decoded, unless ``on_error`` is ``skip``. On a CPU both places are
+    the same.
     """
 
     def __init__(
@@ -84,14 +84,14 @@ class CachedLoader:
         return as_batch(*augmented(pixels, draws), send(scales, self.device), send(samples, self.device))
 
     def _take(self, stored: Tensor, index: Tensor) -> Tensor:
-        """A copy of the entries ``index`` on the device, by way of pinned memory where that makes the copy async."""
+        """Copy the entries ``index`` to the device. It uses pinned memory if this makes the copy asynchronous."""
         if stored.device.type == self.device.type:
             return stored.index_select(0, send(index, self.device))
         pinned = torch.empty((len(index), *stored.shape[1:]), dtype=stored.dtype, pin_memory=True)
         return send(torch.index_select(stored, 0, index, out=pinned), self.device)
 
     def _load(self, what: str, threads: int, *, shared: bool) -> Pixels:
-        """The whole split in the memory that the node shares, decoded if need be."""
+        """The whole split in the memory that the node shares. It is decoded if no other training has it."""
         split = self.split
         positions, decode = range(len(split)), partial(_decode, split)
         key = _content(split) if shared else None
@@ -99,13 +99,13 @@ class CachedLoader:
         for position, reason in broken.items():
             self.broken.add(position, reason, warn=distributed.is_main())
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor does anyone write to it
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # no code writes to it
             image, label, depth = _arrays(split, data)
             return Pixels(*map(torch.from_numpy, (image, label, depth.view(np.int16))))
 
 
 def _decode(split: Split, data: np.ndarray, i: int) -> str | None:
-    """Put sample ``i`` into ``data``, uint8 (bytes,) of zeros; or why it cannot be decoded."""
+    """Put sample ``i`` into ``data``, uint8 (bytes,) of zeros. Returns the reason if it cannot be decoded."""
     stored = _arrays(split, data)
     try:
         raw = split.decode(i)
@@ -120,13 +120,13 @@ def _decode(split: Split, data: np.ndarray, i: int) -> str | None:
 def _arrays(split: Split, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Views of ``data``: image uint8 (N, H, W, 3), label uint8 (N, H, W), depth uint16 (N, H, W)."""
     shape = (len(split), split.info.height, split.info.width)
-    # Depth first: its 2-byte numbers then lie even.
+    # Depth first, so that its 2-byte numbers are aligned.
     depth, label, image = np.split(data, [2 * int(np.prod(shape)), 3 * int(np.prod(shape))])
     return image.reshape(*shape, 3), label.reshape(shape), depth.view(np.uint16).reshape(shape)
 
 
 def _content(split: Split) -> str:
-    """Equal where decoding gives equal pixels: the same files, unchanged, decoded by the same code."""
+    """A key that is equal if decoding gives equal pixels: the same unchanged files, decoded by the same code."""
     files = [(split.root / shard.file).stat() for shard in split.shards]
     code = [path.read_text() for folder in ("data", "sources") for path in sorted((PACKAGE / folder).glob("*.py"))]
     which = [[file.st_dev, file.st_ino, file.st_mtime_ns] for file in files]
@@ -138,7 +138,7 @@ def _bytes(split: Split) -> int:
 
 
 def _device_shortage(what: str, needed: int, device: torch.device) -> str | None:
-    """What is wrong with keeping ``needed`` bytes on ``device``, or None."""
+    """The reason why ``needed`` bytes cannot be kept on ``device``, or None."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)

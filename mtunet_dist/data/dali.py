@@ -1,8 +1,8 @@
-"""The DALI pipeline: encoded bytes from shards in our order, decoded and augmented, on the GPU where there is one.
+"""The DALI pipeline: encoded bytes from shards in our order are decoded and augmented, on a GPU if there is one.
 
-DALI's readers and their shuffles are not used: an external source hands over the bytes of each planned batch
-together with the numbers of its augmentation, so order and randomness are ours and resume needs only a number.
-Samples left in their source come decoded, by threads of ours: each source converts labels and depth in its own way.
+DALI's readers and shuffles are not used. An external source gives DALI the bytes of each planned batch and the numbers
+of its augmentation. Therefore we control order and randomness, and a resume needs only a batch number. Samples that
+stay in their source are decoded by our own threads, because each source converts labels and depth in its own way.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from mtunet_dist.sources._images import encode
 OUTPUTS = ["image", "label", "depth", "depth_scale", "sample"]
 Parts = tuple[np.ndarray, np.ndarray, np.ndarray]
 """RGB, label and depth of a sample: encoded, uint8 (n,), or pixels (H, W, C)."""
-JPEG_BYTES_PER_PIXEL = 12  # what nvJPEG needs between bits and RGB: three planes of int16 coefficients and of pixels
+JPEG_BYTES_PER_PIXEL = 12  # nvJPEG's buffers: three planes of int16 coefficients and of pixels
 
 
 class DaliLoader:
-    """Batches through DALI; RGB decodes on the GPU (``mixed``) when ``device`` is one and shards hold it as JPEG."""
+    """Batches from DALI. RGB decodes on the GPU (``mixed``) if ``device`` is a GPU and the shards hold JPEGs."""
 
     def __init__(
         self,
@@ -53,10 +53,10 @@ class DaliLoader:
         self.split, self.order, self.device, self.augmentation = split, order, device, augmentation
         self.threads, self.prefetch, self.settings = threads, prefetch, settings or DaliConfig()
         self.broken = BrokenSamples(on_error)
-        self.failure: InputError | None = None  # met while reading ahead; raised when its batch is due
+        self.failure: InputError | None = None  # an error found while reading ahead; it is raised when its batch is due
         self.pool = None if isinstance(split, ShardSplit) else ThreadPoolExecutor(threads)
-        self.ahead: dict[int, list[Future[Parts | InputError]]] = {}  # batches that the pool reads, by their number
-        # Whether RGB, and whether the targets, come to the pipeline encoded.
+        self.ahead: dict[int, list[Future[Parts | InputError]]] = {}  # batches that the pool reads, by number
+        # Whether RGB and whether the targets are encoded when the pipeline gets them.
         self.encoded = (True, split.encoded_targets) if isinstance(split, ShardSplit) else (False, False)
 
     @property
@@ -79,19 +79,19 @@ class DaliLoader:
                     raise self.failure from None
                 return
             except RuntimeError:
-                # DALI's message does not say which sample it was; if none was, the error is DALI's own.
+                # DALI's message does not name the sample. If no sample is broken, the error is DALI's own.
                 samples = self.order.plan(index).samples
-                iterator = None  # its memory may be what is lacking
+                iterator = None  # free its memory, which may be what is lacking
                 if not (self.broken.search(self.split, samples) or self._search_alone(samples)):
                     raise
-                # An iterator that met an error ends early. The new one puts a stand-in where the broken sample was.
+                # An iterator ends after an error. The new one puts a stand-in in place of the broken sample.
                 iterator = self._iterator(index)
                 continue
             if self.broken.positions:
                 self.broken.count(self.order.plan(index).samples)
             outputs = [out.pop(name) for name in OUTPUTS]
             image, label, depth, depth_scale, sample = outputs
-            if loans is not None:  # they are views of DALI's memory, and training is steps behind
+            if loans is not None:  # they are views of DALI's memory, and the GPU may still be at an earlier step
                 image, label, sample = (x.clone() for x in (image, label, sample))
             batch = as_batch(image, label.squeeze(3), depth.squeeze(3), depth_scale, sample)
             if loans is not None:
@@ -100,14 +100,16 @@ class DaliLoader:
             index += 1
 
     def _search_alone(self, samples: np.ndarray) -> bool:
-        """Put ``samples`` through DALI one by one and take note of those it refuses though PIL does not; whether any.
+        """Put ``samples`` through DALI one by one. Note those that DALI refuses although PIL decodes them. Returns
+        whether any.
 
-        None is, if it refuses a black image too, or all of several, or where it is not DALI that decodes.
+        Returns False if DALI also refuses a black image, if it refuses all of several samples, or if DALI does not
+        decode.
         """
         if self.pool is not None or not self._passes(int(samples[0]), black=True):
             return False
         refused = [i for i in samples.tolist() if i not in self.broken.positions and not self._passes(i)]
-        if len(refused) == len(samples) > 1:  # a GPU without memory left takes the black image, which the CPU decodes
+        if len(refused) == len(samples) > 1:  # a full GPU still takes the black image: the CPU decodes it
             return False
         for i in refused:
             reason = "DALI cannot decode it although PIL can; prepare it again, or use data.loader=torch"
@@ -115,7 +117,7 @@ class DaliLoader:
         return bool(refused)
 
     def _passes(self, i: int, *, black: bool = False) -> bool:
-        """Whether DALI takes a batch of sample ``i`` alone, or of the black image that stands in for it."""
+        """Whether DALI accepts a batch of sample ``i`` alone, or of the black image that stands in for it."""
         alone = DaliLoader(self.split, _One(i), self.device, threads=1, prefetch=1, settings=self.settings)
         if black:
             alone.broken.positions.add(i)
@@ -148,7 +150,8 @@ class DaliLoader:
         return DALIGenericIterator(pipeline, OUTPUTS, auto_reset=False, prepare_first_batch=False)
 
     def _source(self, start: int) -> Callable[[types.BatchInfo], list[list[np.ndarray]]]:
-        """What DALI calls for each batch: encoded parts, depth scales, positions, and what the augmentation needs."""
+        """The function that DALI calls for each batch. It returns encoded parts, depth scales, positions and
+        augmentation."""
         augmentation, scale = self.augmentation, self.split.info.depth.scale
 
         def batch(info: types.BatchInfo) -> list[list[np.ndarray]]:
@@ -174,7 +177,7 @@ class DaliLoader:
         return batch
 
     def _parts(self, index: int, samples: np.ndarray) -> list[list[np.ndarray]]:
-        """Images, labels and depths of batch ``index``, encoded or not, with stand-ins for those known to be broken."""
+        """Images, labels and depths of batch ``index``, encoded or not. Known broken samples get stand-ins."""
         parts = {}
         for i, found in zip(samples.tolist(), self._reads(index, samples), strict=True):
             if i in self.broken.positions:
@@ -193,9 +196,10 @@ class DaliLoader:
         return [list(column) for column in zip(*rows, strict=True)]
 
     def _reads(self, index: int, samples: np.ndarray) -> Iterable[Parts | InputError]:
-        """``_read`` of each of the ``samples`` of batch ``index``.
+        """The results of ``_read`` for the ``samples`` of batch ``index``.
 
-        DALI asks for it on the thread that trains. A pool has then read it already: it is batches ahead.
+        DALI calls this on the training thread. With a pool the batch has already been read, because the pool works
+        batches ahead.
         """
         if self.pool is None:
             return map(self._read, samples.tolist())
@@ -208,7 +212,8 @@ class DaliLoader:
         return [future.result() for future in self.ahead.pop(index)]
 
     def _read(self, i: int) -> Parts | InputError:
-        """RGB, label and depth of sample ``i`` as the pipeline takes them; the error of a damaged one."""
+        """RGB, label and depth of sample ``i`` in the form that the pipeline takes, or the error of a damaged
+        sample."""
         try:
             if not isinstance(self.split, ShardSplit):
                 raw = self.split.decode(i)
@@ -223,7 +228,7 @@ class DaliLoader:
 
 
 class _One:
-    """An order of one batch: sample ``i``."""
+    """An order with a single batch: sample ``i``."""
 
     batches = 1
 
@@ -249,13 +254,13 @@ def _graph(
 ) -> tuple[Any, ...]:
     count = len(OUTPUTS) + 2 * zooms + colors + flips
     encoded_rgb, encoded_targets = encoded
-    # Layouts are the decoders' to say, or ours.
+    # Decoders set their own layouts; other inputs need one.
     layouts = ["" if encoded_rgb else "HWC", *["" if encoded_targets else "HWC"] * 2, *[""] * (count - 3)]
     columns = fn.external_source(source=source, num_outputs=count, batch=True, batch_info=True, layout=layouts)
     image, label, depth, depth_scale, position, *draws = columns
     if encoded_rgb:
-        # prepare has turned the images upright: none has an EXIF orientation left. PNGs decode on the CPU only, JPEGs
-        # on the GPU where there is one; its chroma upsampling is told to be the CPU's.
+        # prepare has turned the images upright, so no EXIF orientation is left. PNGs always decode on the CPU. JPEGs
+        # decode on the GPU if there is one, with the same chroma upsampling as the CPU.
         image = fn.decoders.image(
             image,
             device="mixed" if on_gpu else "cpu",
@@ -268,12 +273,12 @@ def _graph(
         label = fn.decoders.image(label, output_type=types.GRAY, adjust_orientation=False)
         depth = fn.decoders.image(depth, output_type=types.GRAY, dtype=types.UINT16, adjust_orientation=False)
     if on_gpu:
-        # No copy for what is there already.
+        # Data that is already on the GPU is not copied.
         image, label, depth, depth_scale, position = (x.gpu() for x in (image, label, depth, depth_scale, position))
     depth = fn.cast(depth, dtype=types.FLOAT)
     if zooms:
         start, window, *draws = draws
-        # Rounding waits until the colours are done: they would magnify its error.
+        # Round only after the colours, which would magnify the rounding error.
         image = _zoomed(image, start, window, size, types.INTERP_LINEAR, types.FLOAT if colors else types.UINT8)
         label = _zoomed(label, start, window, size, types.INTERP_NN, types.UINT8)
         depth = _zoomed(depth, start, window, size, types.INTERP_NN, types.FLOAT)
@@ -286,14 +291,14 @@ def _graph(
 
 
 def _zoomed(x: Any, start: Any, window: Any, size: tuple[int, int], interpolation: Any, dtype: Any) -> Any:
-    """Cut out the window, then resize: a resize with a region of interest would blend in pixels around it."""
+    """Cut out the window, then resize. A resize with a region of interest would blend in pixels from around it."""
     cut = fn.slice(x, start, window, axes=(0, 1), normalized_anchor=False, normalized_shape=False)
     return fn.resize(cut, size=size, interp_type=interpolation, antialias=False, dtype=dtype)
 
 
 def _mixed_options(height: int, width: int, settings: DaliConfig) -> dict[str, Any]:
-    """Options of the decoder that exist on a GPU only. All images have one size, so its buffers are made to fit at
-    once; the defaults, 32 MiB per thread, are for sizes unknown."""
+    """Options of the decoder that exist only on a GPU. All images have the same size, so its buffers are allocated once
+    to fit. The defaults, 32 MiB per thread, are for unknown sizes."""
     padding = JPEG_BYTES_PER_PIXEL * height * width
     return {
         "hw_decoder_load": settings.hw_decoder_load,

@@ -1,4 +1,4 @@
-"""What ``dataset.json`` says of a prepared dataset."""
+"""The content of a prepared dataset's ``dataset.json``."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Stored = Literal["shards", "source"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What a dataset was prepared from and how.
+    """How a dataset was prepared, and from which source.
 
-    ``root`` as the user gave it, ``options`` those of the source. ``stored`` says where the samples are: resized in
-    shards, or at full size in the source still (``root`` is absolute then, and the formats mean nothing).
+    ``root`` is as the user gave it; ``options`` are those of the source. ``stored`` says where the samples are: resized
+    in shards, or still in the source at full size (``root`` is then absolute, and the formats have no meaning).
     """
 
     source: str
@@ -34,7 +34,7 @@ class Settings:
     stored: Stored = "shards"
 
     def flat(self) -> dict[str, Any]:
-        """All settings by name, the source's options among them."""
+        """All settings by name, with the options of the source."""
         settings = dataclasses.asdict(self)
         options = settings.pop("options")
         return {**settings, **options}
@@ -44,7 +44,8 @@ class Settings:
 class ShardInfo:
     """A shard of ``count`` samples, with its size and checksum.
 
-    ``source`` is the fingerprint (``stamps.py``) of what it was made from; "" in datasets prepared before it was kept.
+    ``source`` is the fingerprint (``stamps.py``) of the source files of the shard. It is "" in datasets from versions
+    without it.
     """
 
     file: str
@@ -56,10 +57,10 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """A split and its statistics over all pixels as stored; depth in the dataset's unit, 0 where none is valid.
+    """A split and its statistics over all stored pixels. Depth is in the dataset's unit, 0 if no pixel is valid.
 
-    A sample is without label or depth when it has not one labelled or valid pixel. Datasets prepared before these
-    were counted say 0.
+    A sample without a single labelled or valid pixel counts as one without label or depth. Datasets from versions that
+    did not count these samples have 0.
     """
 
     count: int
@@ -90,7 +91,7 @@ class DatasetInfo:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> DatasetInfo:
-        """From the parsed JSON of ``dataclasses.asdict``. KeyError or TypeError when it is not that."""
+        """Make it from the parsed JSON of ``dataclasses.asdict``. KeyError or TypeError for other JSON."""
         return cls(
             **{
                 **value,

@@ -1,4 +1,4 @@
-"""Which ranks share a node, and how much memory is left there."""
+"""Which ranks share a node, and how much memory is free there."""
 
 from __future__ import annotations
 
@@ -9,37 +9,39 @@ from mtunet_dist import distributed
 from mtunet_dist.errors import InputError
 from mtunet_dist.machine import control_groups
 
-MARGIN = 0.9  # the share of free memory that may be taken
+MARGIN = 0.9  # the share of free memory that a cache may take
 
 
 def node() -> tuple[str, int, int]:
-    """Equal for processes that can reach each other's files in /proc: same boot, process namespace and user."""
+    """A key that is equal for processes that can reach each other's files in /proc: same boot, process namespace and
+    user."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return boot, Path("/proc/self/ns/pid").stat().st_ino, os.getuid()
 
 
 def ranks_of_node() -> list[int]:
-    """The ranks that can share memory with this one, itself among them; all ranks call it together."""
+    """The ranks that can share memory with this one, including itself. All ranks call it together."""
     nodes = distributed.everyone(node())
     return [rank for rank, other in enumerate(nodes) if other == nodes[distributed.rank()]]
 
 
 def raise_any(problem: str | None) -> None:
-    """Raise the first rank's ``problem`` as InputError on all ranks, so that none waits for one that gave up."""
+    """Raise the first ``problem`` of any rank as InputError on all ranks, so that no rank waits for one that has
+    stopped."""
     for found in distributed.everyone(problem):
         if found is not None:
             raise InputError(found)
 
 
 def shortage(what: str, needed: int, free: int, kind: str) -> str | None:
-    """What is wrong with taking ``needed`` of ``free`` bytes, or None."""
+    """The reason why ``needed`` of ``free`` bytes cannot be taken, or None."""
     if needed <= MARGIN * free:
         return None
     return f"{what} needs {needed:,} bytes of {kind}; {free:,} are free, of which at most {MARGIN:.0%} may be taken"
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process may still allocate: what the machine has left, or less where a cgroup limits it."""
+    """Bytes that this process may still allocate: the free memory of the machine, or less if a cgroup limits it."""
     meminfo = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
     free = int(meminfo["MemAvailable"].split()[0]) * 1024
     for group, is_v2 in control_groups("memory", root):
@@ -51,7 +53,7 @@ def free_memory(root: Path = Path("/")) -> int:
 
 
 def _left_in(group: Path, limit: str, usage: str, cache: str, otherwise: int) -> int:
-    """What a cgroup's limit leaves, counting the file cache that the kernel would drop first."""
+    """Bytes left under a cgroup's limit. The file cache that the kernel would drop first counts as free."""
     try:
         most, used = (group / limit).read_text().strip(), int((group / usage).read_text())
         statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())

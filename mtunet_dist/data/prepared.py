@@ -1,6 +1,7 @@
-"""Reading a prepared dataset: ``dataset.json`` says what it is, shards hold the encoded samples, indexes find them.
+"""Reading a prepared dataset: ``dataset.json`` describes it, shards hold the encoded samples, indexes locate them.
 
-``python -m mtunet_dist.prepare`` writes one; ``dataset.json`` comes last, so a folder that has it is complete.
+``python -m mtunet_dist.prepare`` writes a dataset. It writes ``dataset.json`` last, so a folder with this file is
+complete.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from mtunet_dist.sources._source import Source
 
 
 class PreparedDataset:
-    """A complete prepared dataset in the folder ``root``; ``info`` is its ``dataset.json``.
+    """A complete prepared dataset in the folder ``root``. ``info`` is its ``dataset.json``.
 
-    Opening checks that every shard is there with the right size, without reading it. Raises InputError that names
-    what is missing, of another format or of the wrong size.
+    Opening checks that every shard exists and has the right size, without reading it. Raises InputError that names what
+    is missing, in another format or of the wrong size.
     """
 
     def __init__(self, root: Path) -> None:
@@ -39,7 +40,8 @@ class PreparedDataset:
                     raise InputError(f"{path}: {path.stat().st_size} bytes instead of {shard.bytes}")
 
     def split(self, spec: str) -> Split:
-        """The split ``spec``, or several in the given order: ``train+val``. InputError lists the splits there are."""
+        """The split ``spec``, or several in the given order: ``train+val``. InputError lists the splits of the
+        dataset."""
         names = spec.split("+")
         unknown = [name for name in names if name not in self.info.splits]
         if unknown or len(set(names)) < len(names):
@@ -69,7 +71,8 @@ def verify_sums(root: Path) -> PreparedDataset:
 
 
 def compare_source(dataset: PreparedDataset) -> str:
-    """Raise InputError if what the dataset was made from has changed since; else what is known of it, in words."""
+    """Raise InputError if the source files of the dataset have changed since. Returns a description of what was
+    compared."""
     settings = dataset.info.settings
     root = Path(settings.root)
     if not root.exists():
@@ -84,7 +87,7 @@ def compare_source(dataset: PreparedDataset) -> str:
 
 
 def _verify_source(root: Path, split: Split, info: SplitInfo) -> None:
-    """Compare the samples left in the source with what they were when the dataset was prepared."""
+    """Compare the samples in the source with the state that they had when the dataset was prepared."""
     listed = dict(entry for shard in info.shards for entry in read_json(root / shard.file))
     for i, key in enumerate(split.keys):
         if pixels_sha256(split.decode(i)) != listed[key]:
@@ -105,6 +108,6 @@ def _read_info(root: Path) -> DatasetInfo:
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged: {error}") from None
     names = [c.name for c in info.classes]
-    if len(names) > MOST_CLASSES or len(set(names)) < len(names):  # as earlier versions let pass
+    if len(names) > MOST_CLASSES or len(set(names)) < len(names):  # earlier versions accepted this
         raise InputError(f"{path}: {class_problem(info.classes)}; prepare it again in another folder")
     return info

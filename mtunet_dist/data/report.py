@@ -1,4 +1,4 @@
-"""What ``prepare`` shows: progress while it works, and a table of what it made."""
+"""The output of ``prepare``: progress while it works, then a table of the result."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from rich.text import Text
 
 from mtunet_dist.data.prepared import PreparedDataset
 
-REPORT_SECONDS = 5.0  # between lines of progress where there is no terminal
+REPORT_SECONDS = 5.0  # between lines of progress without a terminal
 
 
 @contextlib.contextmanager
 def progress(total: int, console: Console) -> Iterator[Callable[[int], None]]:
-    """A function to call with the number of samples just done: moves a bar, or without a terminal prints lines."""
+    """Gives a function to call with the number of samples just done. It moves a bar, or without a terminal prints
+    lines."""
     start = last = time.monotonic()
     done = 0
     columns = (TextColumn("samples"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
@@ -38,9 +39,9 @@ def progress(total: int, console: Console) -> Iterator[Callable[[int], None]]:
 
 
 def table(dataset: PreparedDataset) -> Table:
-    """The splits with the share of each class in all pixels and the depth of the valid ones."""
+    """A table of the splits, with the share of each class in all pixels and the depth of the valid pixels."""
     info = dataset.info
-    # Text, as rich would take what stands in [] or between colons for markup.
+    # Text, because rich reads strings with [] or colons as markup.
     rows = Table(title=Text(f"{dataset.root}: {info.width} wide, {info.height} high"))
     rows.add_column()
     for name in info.splits:

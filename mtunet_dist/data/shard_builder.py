@@ -1,7 +1,7 @@
-"""The work of ``prepare`` on one shard: read, check, resize, encode, write. Imports no torch: workers start fast.
+"""The work of ``prepare`` on one shard: read, check, resize, encode, write. Imports no torch, so that workers start
+fast.
 
-A finished shard has a sidecar, ``SHARD.done``, from which a later run takes it over instead of making it again, as
-long as nothing of what it was made from has changed.
+A finished shard has a sidecar file, ``SHARD.done``. A later run reuses the shard if nothing in its source has changed.
 """
 
 from __future__ import annotations
@@ -50,12 +50,13 @@ class ShardTask:
 
     @property
     def path(self) -> Path:
-        """The shard."""
+        """The path of the shard."""
         return self.out / shard_name(self.split, self.number, listing=self.settings.stored == "source")
 
     @property
     def sidecar(self) -> Path:
-        """What says that the shard is finished and what it was made from, and holds its index and statistics."""
+        """The path of the sidecar. It shows that the shard is finished, and holds its source fingerprint, index and
+        statistics."""
         return self.path.with_name(self.path.name + SIDECAR)
 
     @functools.cached_property
@@ -67,7 +68,7 @@ class ShardTask:
 
 @dataclass
 class Statistics:
-    """Sums over stored pixels, depth in stored units, so that shards add up exactly in any order."""
+    """Sums over stored pixels, depth in stored units. The sums of shards add up exactly in any order."""
 
     class_pixels: list[int]
     void_pixels: int = 0
@@ -96,7 +97,7 @@ class Statistics:
         )
 
     def add(self, other: Statistics) -> None:
-        """Add what ``other`` counted."""
+        """Add the counts of ``other``."""
         self.class_pixels = [a + b for a, b in zip(self.class_pixels, other.class_pixels, strict=True)]
         self.void_pixels += other.void_pixels
         self.valid_depth_pixels += other.valid_depth_pixels
@@ -107,7 +108,7 @@ class Statistics:
         self.samples_without_depth += other.samples_without_depth
 
     def of_split(self, shards: Sequence[ShardInfo], depth_scale: float) -> SplitInfo:
-        """What ``dataset.json`` says of the split whose ``shards`` were counted."""
+        """The entry in ``dataset.json`` of the split that consists of these ``shards``."""
         valid = self.valid_depth_pixels
         return SplitInfo(
             count=sum(shard.count for shard in shards),
@@ -133,7 +134,8 @@ class ShardResult:
 
 
 def make_shard(task: ShardTask) -> ShardResult | list[str]:
-    """Make the shard and its sidecar; or, when any sample is bad, write nothing and return what is wrong with each."""
+    """Make the shard and its sidecar. If a sample is bad, write nothing and return what is wrong with each bad
+    sample."""
     statistics = Statistics([0] * len(task.source.classes))
     encoded: list[EncodedSample] = []
     listed: list[tuple[str, str]] = []
@@ -164,7 +166,7 @@ def make_shard(task: ShardTask) -> ShardResult | list[str]:
 
 
 def finished(task: ShardTask) -> ShardResult | None:
-    """The result of an earlier run with the same settings, if the shard is there in full and its source unchanged."""
+    """The result of an earlier run with the same settings, if the shard is complete and its source unchanged."""
     if not (task.sidecar.is_file() and task.path.is_file()):
         return None
     try:
@@ -177,7 +179,7 @@ def finished(task: ShardTask) -> ShardResult | None:
 
 
 def tasks_of(source: Source[Any], settings: Settings, out: Path) -> list[ShardTask]:
-    """The shards of all splits. InputError for a source that is not as it should be."""
+    """The shards of all splits. InputError if the source is not valid."""
     size = settings.shard_size
     tasks = [
         ShardTask(source, settings, out, split, number, samples[start : start + size])
@@ -191,8 +193,8 @@ def tasks_of(source: Source[Any], settings: Settings, out: Path) -> list[ShardTa
 
 
 def changed(info: DatasetInfo, tasks: Sequence[ShardTask]) -> str | None:
-    """What has changed in the source of a prepared dataset, whose ``tasks`` would be these now; None if nothing has,
-    or if the dataset is of a version that did not note what it was made from."""
+    """A description of what has changed in the source of a prepared dataset; ``tasks`` are its shards as they would be
+    made now. None if nothing has changed, or if the dataset's version did not record its source."""
     before = {shard.file: shard.source for split in info.splits.values() for shard in split.shards}
     if not all(before.values()):
         return None
@@ -204,7 +206,7 @@ def changed(info: DatasetInfo, tasks: Sequence[ShardTask]) -> str | None:
 
 
 def write_listing(task: ShardTask, listed: list[tuple[str, str]]) -> Index:
-    """Write the keys and checksums of samples that stay in the source, and return what their files are like."""
+    """Write the keys and checksums of samples that stay in the source. Returns the result as for a shard."""
     write_json(task.path, listed)
     index = Index()
     for sample in task.samples:

@@ -14,9 +14,9 @@ Outcome = tuple[ShardTask, ShardResult | list[str]]
 
 
 def run(tasks: list[ShardTask], workers: int) -> Generator[Outcome, None, None]:
-    """Tasks with what ``make_shard`` returned, as they finish; ``workers`` 0 works in this process.
+    """Yield tasks and the results of ``make_shard`` as they finish. With ``workers`` 0 this process does the work.
 
-    Closing the generator waits for the tasks that run and drops the others. LostProcessError if a worker was killed.
+    Closing the generator waits for the running tasks and drops the others. LostProcessError if a worker was killed.
     """
     if workers == 0:
         for task in tasks:

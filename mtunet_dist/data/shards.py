@@ -1,8 +1,8 @@
-"""Shards: plain tar files as WebDataset reads them, with an index of byte spans for random access by mmap.
+"""Shards: plain tar files in the layout of WebDataset, with an index of byte spans for random access by mmap.
 
-A sample is three members, ``KEY.rgb.jpg`` (or ``.png``), ``KEY.label.npy`` and ``KEY.depth.npy`` (or ``.png``). The
-bytes depend on the samples alone (fixed owner, mode and time), so a checksum identifies the data. Files appear whole or
-not at all. The index has a CRC-32 of each member too: neither JPEG nor npy would show a flipped bit.
+A sample has three members: ``KEY.rgb.jpg`` (or ``.png``), ``KEY.label.npy`` and ``KEY.depth.npy`` (or ``.png``). The
+bytes depend only on the samples (fixed owner, mode and time), so a checksum identifies the data. A file has its name
+only when it is complete. The index also has a CRC-32 of each member, because JPEG and npy do not show a flipped bit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from mtunet_dist.files import write_atomically
 RgbFormat = Literal["jpeg", "png"]
 TargetFormat = Literal["npy", "png"]
 Span = tuple[int, int]
-"""Offset and size in bytes of a member's data in its shard; of a part left in the source, 0 and its file's size."""
+"""Offset and size in bytes of a member's data in its shard. A part that stays in the source has 0 and its
+file's size."""
 _SUFFIX = {"jpeg": "jpg", "png": "png", "npy": "npy"}
 
 
@@ -42,7 +43,7 @@ class EncodedSample:
 
 @dataclass
 class Index:
-    """Which samples files hold: columns of equal length. ``shard`` counts the shards of a split from 0."""
+    """The samples that the files hold, as columns of equal length. ``shard`` counts the shards of a split from 0."""
 
     keys: list[str] = field(default_factory=list)
     shard: list[int] = field(default_factory=list)
@@ -62,12 +63,12 @@ class Index:
 
 
 def shard_name(split: str, number: int, *, listing: bool = False) -> str:
-    """File name of a shard, or of the list that stands for one whose samples stay in the source."""
+    """File name of a shard, or of the list for samples that stay in the source."""
     return f"{split}-{number:05d}.{'list' if listing else 'tar'}"
 
 
 def write_shard(path: Path, number: int, samples: list[EncodedSample]) -> Index:
-    """Write ``samples`` to the tar file ``path``, shard ``number`` of its split, and return where they lie."""
+    """Write ``samples`` to the tar file ``path``, shard ``number`` of its split. Returns their positions in it."""
     index = Index()
 
     def write(file: BinaryIO) -> None:
@@ -94,21 +95,21 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> Span:
 
 
 class Shard:
-    """A shard mapped into memory. Reading what has been cut off a mapped file ends a process by SIGBUS, with no word,
-    so ``span`` looks first how long the file is now: a microsecond, where reading into memory of ours takes fifteen.
-    """
+    """A shard mapped into memory. A read beyond the end of a shortened file would end the process by SIGBUS, without a
+    message. Therefore ``span`` first checks the file's current length. This takes a microsecond; reading into our own
+    memory takes fifteen."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # ValueError: it is empty
+        except (OSError, ValueError) as error:  # ValueError: the file is empty
             raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)
 
     def span(self, start: int, end: int) -> np.ndarray:
-        """A read-only view uint8 of the bytes from ``start`` to ``end``. InputError if they are not there any more."""
+        """A read-only uint8 view of the bytes from ``start`` to ``end``. InputError if the file no longer has them."""
         size = self._map.size()
         if end > size:
             raise InputError(f"{self.path}: cut short: it has only {size} bytes; prepare it again")

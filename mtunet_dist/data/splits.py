@@ -1,4 +1,4 @@
-"""The samples of a split by position: encoded in shards, or as the source has them."""
+"""The samples of a split by position: encoded in shards, or in the form that the source has."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from mtunet_dist.sources._source import RawSample, Sample, Source
 
 
 class Split(ABC):
-    """The samples of one split, or of several after one another, by position. Cheap to pickle.
+    """The samples by position of one split, or of several splits in sequence. It is cheap to pickle.
 
-    What is common to all ways of storing; ``make_split`` gives the right one. ``version`` differs where ``fingerprint``
-    is the same although files have been changed since.
+    This is the common part for all ways of storing; ``make_split`` returns the right subclass. If files have been
+    changed, ``version`` differs even if ``fingerprint`` is the same.
     """
 
     version = ""
@@ -53,11 +53,11 @@ class Split(ABC):
 
     @abstractmethod
     def decode(self, i: int) -> RawSample:
-        """Sample ``i`` at the dataset's size. Raises InputError that names it and its file if that is damaged."""
+        """Sample ``i`` at the dataset's size. Raises InputError that names the sample and its file if it is damaged."""
 
     @abstractmethod
     def describe(self, i: int) -> str:
-        """Sample ``i``, for messages: its key and where it is."""
+        """Sample ``i`` for messages: its key and its place."""
 
     def spread(self, most: int) -> list[int]:
         """Positions of at most ``most`` samples, evenly spaced over the split: enough for statistics in seconds."""
@@ -66,7 +66,7 @@ class Split(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the content and its meaning: equal for equal shards, size, classes and depth."""
+        """A key for the content and its meaning: equal for equal shards, size, classes and depth."""
         content = [
             [shard.sha256 for shard in self.shards],
             [self.info.height, self.info.width],
@@ -93,8 +93,8 @@ class ShardSplit(Split):
     def parts(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The encoded RGB, label and depth of sample ``i``: read-only uint8 views into the mapped shard.
 
-        Raises InputError that names shard and key if they are damaged or gone; a sample's checksums are compared when
-        it is first read.
+        Raises InputError that names shard and key if they are damaged or missing. The checksums of a sample are
+        compared when it is first read.
         """
         number = int(self._shard[i])
         try:
@@ -112,7 +112,7 @@ class ShardSplit(Split):
         return rgb, label, depth
 
     def targets(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Label uint8 and depth uint16 (H, W) of sample ``i`` where they are stored as arrays: read-only views.
+        """Label uint8 and depth uint16 (H, W) of sample ``i``, if they are stored as arrays: read-only views.
 
         Raises InputError as ``parts``.
         """
@@ -137,7 +137,7 @@ class ShardSplit(Split):
 
 
 class SourceSplit(Split):
-    """Samples left in the source, decoded at full size and resized each time they are asked for.
+    """Samples that stay in the source. Each access decodes them at full size and resizes them.
 
     Raises InputError if the source lacks one of them, or if its files have changed since the dataset was prepared.
     """
@@ -181,7 +181,7 @@ class SourceSplit(Split):
 
 
 def make_split(root: Path, info: DatasetInfo, names: list[str]) -> Split:
-    """The splits ``names`` after one another, however the dataset in ``root`` is stored."""
+    """The splits ``names`` in sequence, for any way of storing the dataset in ``root``."""
     kinds: dict[Stored, type[Split]] = {"shards": ShardSplit, "source": SourceSplit}
     return kinds[info.settings.stored](root, info, names)
 
@@ -192,7 +192,7 @@ def resized(raw: RawSample, height: int, width: int) -> RawSample:
 
 
 def npy_header(array: np.ndarray) -> bytes:
-    """What comes before the data of ``array`` in an npy file."""
+    """The header before the data of ``array`` in an npy file."""
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""What samples were made from, in a word that is equal for as long as nothing of it is changed."""
+"""Stamps and fingerprints of source files: they stay equal as long as the files and their meaning do not change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mtunet_dist.errors import InputError
 from mtunet_dist.sources._source import Sample, Source
 
 Stamp = list[Any]
-"""A sample, with size and time of the last change of each of its files; as JSON can say it."""
+"""A sample with the size and modification time of each of its files, in types that JSON can hold."""
 
 
 def files_of(sample: Sample) -> list[Path]:
@@ -33,16 +33,17 @@ def stamp(sample: Sample) -> Stamp:
 
 
 def fingerprint(source: Source[Any], settings: Settings, stamps: Iterable[Stamp]) -> str:
-    """Equal where the same settings make the same samples of the same source files."""
+    """A text that is equal if the same settings make the same samples from the same source files."""
     meaning = [repr(source.classes), repr(source.depth), repr(source.stamp)]
     content = [FORMAT, dataclasses.asdict(settings), meaning, list(stamps)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def what_changed(samples: Sequence[Sample], shard: Path) -> str:
-    """Of ``samples`` that do not have the fingerprint of their ``shard`` any more: a file that is younger than it.
+    """Describe why ``samples`` no longer match the fingerprint of their ``shard``: name a file that is newer than the
+    shard.
 
-    Else, as when a sample was added or a copy was made, which samples are concerned.
+    If no file is newer (a sample was added, or a copy was made), name the range of samples.
     """
     made = shard.stat().st_mtime_ns if shard.is_file() else math.inf
     for path in (path for sample in samples for path in files_of(sample)):

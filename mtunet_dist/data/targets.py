@@ -1,4 +1,4 @@
-"""Which tasks a dataset has targets for: a task without any would train for nothing, and nobody would be told."""
+"""Which tasks a dataset has targets for. A task without any target would be trained in vain and without a message."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from mtunet_dist.data.info import DatasetInfo, SplitInfo
 from mtunet_dist.errors import InputError
 
-WHAT = {"segmentation": "labelled pixel", "depth": "valid depth"}  # what a task learns from
+WHAT = {"segmentation": "labelled pixel", "depth": "valid depth"}  # the kind of pixel that a task learns from
 
 
 def target_pixels(splits: Iterable[SplitInfo]) -> dict[str, int]:
-    """How many pixels of ``splits`` have a target, by task."""
+    """The number of pixels in ``splits`` that have a target, by task."""
     splits = list(splits)
     return {
         "segmentation": sum(sum(split.class_pixels) for split in splits),
@@ -20,7 +20,7 @@ def target_pixels(splits: Iterable[SplitInfo]) -> dict[str, int]:
 
 
 def check_targets(info: DatasetInfo, train: str, tasks: Sequence[str]) -> None:
-    """Raise InputError if one of ``tasks`` has not one target in the split ``train`` (or several: ``train+val``)."""
+    """Raise InputError if one of ``tasks`` has no target in the split ``train`` (or several: ``train+val``)."""
     pixels = target_pixels(info.splits[name] for name in train.split("+"))
     without = [task for task in tasks if not pixels[task]]
     if without:
@@ -28,13 +28,13 @@ def check_targets(info: DatasetInfo, train: str, tasks: Sequence[str]) -> None:
 
 
 def unjudged(info: DatasetInfo, split: str, tasks: Sequence[str]) -> list[str]:
-    """A line for each of ``tasks`` that an evaluation on ``split`` (or several: ``val+test``) says nothing of."""
+    """One line for each of ``tasks`` that an evaluation on ``split`` (or several: ``val+test``) cannot measure."""
     pixels = target_pixels(info.splits[name] for name in split.split("+"))
     return [f"{_nothing(split, task)}: the metrics of '{task}' are not known" for task in tasks if not pixels[task]]
 
 
 def warnings(info: DatasetInfo) -> list[str]:
-    """A line for each split and task of a dataset just prepared where there is nothing to learn, or to judge by."""
+    """One line for each split and task of a new prepared dataset that has no target for the task."""
     lines = []
     for name, split in info.splits.items():
         pixels = target_pixels([split])

@@ -1,8 +1,8 @@
-"""The draws of ``augmentation.py`` carried out in torch on a whole batch at once, on whatever device it is.
+"""Applies the draws of ``augmentation.py`` to a whole batch at once in torch, on the device of the batch.
 
-The definition of the arithmetic: labels and depth take the pixel under the centre (torch's ``nearest-exact``, DALI's
-``INTERP_NN``), images are interpolated linearly between pixel centres without antialiasing. The image is rounded
-once, after zoom and colours.
+This file defines the arithmetic. Labels and depth take the pixel under the centre (torch's ``nearest-exact``, DALI's
+``INTERP_NN``). Images are interpolated linearly between pixel centres without antialiasing. The image is rounded once,
+after zoom and colours.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from mtunet_dist.data.sending import send
 def augmented(pixels: Pixels, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Tensor]:
     """Image uint8 (N, H, W, 3), label uint8 (N, H, W) and depth float32 (N, H, W) in stored units.
 
-    ``draws`` has one entry per sample, or none: then nothing changes but the type of depth. Overwrites ``pixels``.
+    ``draws`` has one entry per sample, or is empty; if it is empty, only the type of depth changes. Overwrites
+    ``pixels``.
     """
     image, label = pixels.image, pixels.label
     depth = pixels.depth.view(torch.uint16).float()
@@ -50,7 +51,7 @@ def augmented(pixels: Pixels, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Te
 
 
 class _Maps:
-    """Which row and column of its source each pixel of zoomed samples comes from, columns mirrored for a flip."""
+    """The source row and column of each pixel of zoomed samples; columns are mirrored for a flip."""
 
     def __init__(self, draws: Sequence[Draw], height: int, width: int) -> None:
         self.rows = _Axis(np.array([(d.top, d.height) for d in draws]), height)
@@ -63,7 +64,7 @@ class _Maps:
 
     def linear(self, x: Tensor) -> Tensor:
         """(n, H, W, 3) -> float32 (n, H, W, 3)."""
-        shape, x = x.shape, x.flatten(2)  # several times faster than a last axis of 3
+        shape, x = x.shape, x.flatten(2)  # several times faster than with a last axis of 3
         low, high = (_rows(x, index).float() for index in (self.rows.low, self.rows.high))
         x = torch.lerp(low, high, send(self.rows.weight, x.device)[:, :, None])
         low, high = (_columns(x, _per_channel(index)) for index in (self.columns.low, self.columns.high))
@@ -71,7 +72,8 @@ class _Maps:
 
 
 class _Axis:
-    """Index maps (n, size) of one axis for n windows (start, length); float32 as in torch, so that ties fall alike."""
+    """Index maps (n, size) of one axis for n windows (start, length). float32 as in torch, so that ties round the same
+    way."""
 
     def __init__(self, windows: np.ndarray, size: int) -> None:
         start, length = windows[:, :1], windows[:, 1:]
@@ -84,7 +86,7 @@ class _Axis:
         self.nearest = start + np.minimum(centre.astype(np.int64), length - 1)
 
     def mirror(self, flip: np.ndarray) -> None:
-        """Read the maps of the samples where ``flip`` is true from the other end."""
+        """Reverse the maps of the samples where ``flip`` is true."""
         for x in (self.weight, self.low, self.high, self.nearest):
             x[flip] = x[flip, ::-1]
 

@@ -1,4 +1,5 @@
-"""The reference loader: PIL and torch only, the same batches as DALI's, slower. For checks and odd machines."""
+"""The reference loader: PIL and torch only. Its batches equal DALI's, but it is slower. For checks and unusual
+machines."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from mtunet_dist.schema import VOID
 
 @dataclass(frozen=True)
 class Item:
-    """The arguments of ``as_batch``, and why which samples could not be decoded."""
+    """The arguments of ``as_batch``, and the reason for each sample that could not be decoded."""
 
     parts: tuple[Tensor, ...] | tuple[np.ndarray, ...]
     broken: dict[int, str]
@@ -41,9 +42,9 @@ class Item:
         return tuple(map(torch.as_tensor, self.parts))
 
     def to_send(self) -> Item:
-        """For another process: in /dev/shm; or where that has no room, as in many a container, for a pipe.
+        """Prepare the parts for another process: in /dev/shm, or for a pipe if that has no room, as in many containers.
 
-        Left to the queue, a tensor that finds no room is lost, and whoever waits for it waits for ever.
+        Without this, the queue loses a tensor that finds no room, and the receiver waits for ever.
         """
         try:
             return Item(tuple(x.share_memory_() for x in self.tensors()), self.broken)
@@ -51,7 +52,7 @@ class Item:
             return Item(tuple(x.numpy() for x in self.tensors()), self.broken)
 
     def pin_memory(self) -> Item:
-        """Called by the ``DataLoader`` for a GPU, so that copies to it are asynchronous."""
+        """The ``DataLoader`` calls this for a GPU, so that copies to it are asynchronous."""
         return Item(tuple(x.pin_memory() for x in self.tensors()), self.broken)
 
 
@@ -88,7 +89,7 @@ class TorchLoader:
             num_workers=self.workers,
             prefetch_factor=self.prefetch if self.workers else None,
             worker_init_fn=_obey_only_the_parent,
-            generator=torch.Generator(),  # else starting would draw from, and so change, the global one
+            generator=torch.Generator(),  # otherwise a start would change the global generator
             pin_memory=self.device.type == "cuda",
             # A forked child hangs once CUDA or DALI has threads in this process.
             multiprocessing_context="spawn" if self.workers else None,
@@ -146,14 +147,15 @@ class _DecodedBatches(Dataset[Item]):
 
 @contextmanager
 def _deaf_children() -> Iterator[None]:
-    """Processes started inside do not act upon a request to stop: Slurm sends it to every process of a job.
+    """While entered, new processes ignore requests to stop: Slurm sends them to every process of a job.
 
-    Nor does this one act upon the end of such a process, wherever it is just then: ``next`` finds out in seconds.
+    This process also ignores the SIGCHLD when such a process ends, which could come at any point. ``next`` notices the
+    end within seconds.
     """
     main = threading.current_thread() is threading.main_thread()
     at_end_of_child = signal.getsignal(signal.SIGCHLD)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPED_BY)  # children inherit it
-    resource_tracker.ensure_running()  # it comes with the first child, and unblocks SIGTERM here
+    resource_tracker.ensure_running()  # its process starts with the first child, and unblocks SIGTERM here
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPED_BY)
     try:
         yield
@@ -164,7 +166,7 @@ def _deaf_children() -> Iterator[None]:
 
 
 def _obey_only_the_parent(worker: int) -> None:
-    """In a process that was started deaf: SIGTERM of the parent ends it, as Python expects of its children."""
+    """Runs in a process that blocks signals. SIGTERM from the parent ends it, as Python expects of child processes."""
 
     def wait() -> None:
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
