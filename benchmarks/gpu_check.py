@@ -1,12 +1,12 @@
-"""What is true of the GPU paths, found out in at most eight minutes of a GPU; run this before anything else there.
+"""Checks of the GPU paths in at most eight minutes on a GPU. Run it before anything else on a new GPU machine.
 
-    python benchmarks/gpu_check.py --out gpu_check        # on a machine with a GPU
-    python benchmarks/gpu_check.py --out gpu_check --dry  # on a CPU: as far as it goes
+python benchmarks/gpu_check.py --out gpu_check        # on a machine with a GPU
+python benchmarks/gpu_check.py --out gpu_check --dry  # on a CPU: as far as it goes
 
-The cheapest checks come first. Each runs in a process of its own, so that one that dies does not end the rest. Its
-result is written at once to OUT/results.jsonl, what it prints to OUT/NAME.log. At the end OUT/table.md says what was
-expected and what was found. The exit code is the number of checks that failed. What the machine lacks (DALI, DeepSpeed,
-a GPU) is said and not counted. ``gpu_carry.sh`` brings what is needed to a machine without a network.
+The cheapest checks come first. Each check runs in its own process, so that a crash does not end the others. Its result
+is written at once to OUT/results.jsonl, and its output to OUT/NAME.log. At the end OUT/table.md lists what was expected
+and what was found. The exit code is the number of failed checks. A check that the machine cannot run (no DALI,
+DeepSpeed or GPU) is listed but not counted. ``gpu_carry.sh`` copies the needed files to a machine without a network.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ VERDICTS = {True: "as expected", False: "NOT as expected", None: "not checked"}
 
 
 def run_apart(name: str, check: Check, out: Path, dry: bool, left_s: float) -> dict[str, str | float]:
-    """Run one check in a process of its own and return its line of the results."""
+    """Run one check in its own process and return its line of the results."""
     limit = min(3 * max(check.seconds, DRY_SECONDS if dry else 0) + 30, left_s)
     if limit < 10:
         return {"check": name, "verdict": "not checked", "found": "no time was left", "seconds": 0.0}
@@ -46,7 +46,7 @@ def run_apart(name: str, check: Check, out: Path, dry: bool, left_s: float) -> d
             code = f"no result after {limit:.0f} s"
         finally:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # also what it has started
+                os.killpg(process.pid, signal.SIGKILL)  # and the processes that it started
             process.wait()
     seconds = round(time.monotonic() - start, 1)
     found = read(result, {"verdict": str, "found": str})
@@ -56,7 +56,7 @@ def run_apart(name: str, check: Check, out: Path, dry: bool, left_s: float) -> d
 
 
 def run_here(name: str, out: Path, dry: bool) -> None:
-    """Run one check in this process and write what it found."""
+    """Run one check in this process and write its result."""
     found: Found = CHECKS[name].run(out, dry)
     append(out / f"{name}.result", {"verdict": VERDICTS[found.good], "found": found.text})
 

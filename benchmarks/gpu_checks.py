@@ -1,4 +1,4 @@
-"""The checks of ``gpu_check.py``: what each is called, how long it may take, what is expected, and how it is found."""
+"""The checks of ``gpu_check.py``: their names, time limits, expected results and code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mtunet_dist.synthesize import synthesize
 from mtunet_dist.synthetic.tree import Settings
 from steps import CLASSES, DEPTH, random_batch, training
 
-DRY_SECONDS = 200.0  # that a check may take on a CPU, at least
+DRY_SECONDS = 200.0  # the least time limit of a check on a CPU
 NARROW = ("model.widths=[8,16,32,64]", "model.bottleneck=128")
 TFLOP_PER_IMAGE = 0.448  # a step of MT-UNet at full width, 128x256
 SLEEP_CYCLES = int(2e9)  # of the GPU's clock: about a second
@@ -37,7 +37,7 @@ NO_GPU = "there is no GPU"
 
 @dataclass(frozen=True)
 class Found:
-    """What a check found; ``good`` is None if it could not be checked here."""
+    """The result of a check. ``good`` is None if the check could not run here."""
 
     good: bool | None
     text: str
@@ -75,13 +75,13 @@ def _missing(*packages: str) -> str | None:
 
 
 def versions(out: Path, dry: bool) -> Found:
-    """All that bits and speed depend on."""
+    """The hardware and versions on which bits and speed depend."""
     found = environment.fingerprint()
     return Found(dry or torch.cuda.is_available(), ", ".join(f"{k} {v}" for k, v in found.items() if v != "none"))
 
 
 def matmul(out: Path, dry: bool) -> Found:
-    """The rate of a large product, which every other rate is a share of."""
+    """The rate of a large matrix product, the reference for all other rates."""
     size, device = (256, _device(dry)) if dry else (8192, _device(dry))
     a, b = torch.randn(2, size, size, device=device).to(torch.float32 if dry else torch.bfloat16)
     rate = 2 * size**3 / _seconds(lambda: a @ b, 20, device) / 1e12
@@ -89,7 +89,7 @@ def matmul(out: Path, dry: bool) -> Found:
 
 
 def narrow_fp32(out: Path, dry: bool) -> Found:
-    """Gradients on the GPU against the CPU's, TF32 off."""
+    """Gradients on the GPU compared with the CPU's, with TF32 off."""
     config = _config(out, *NARROW, "model.dropout=0.0")
     losses, gradients = zip(
         *(_gradients(config, device) for device in (torch.device("cpu"), _device(dry))), strict=True
@@ -99,7 +99,7 @@ def narrow_fp32(out: Path, dry: bool) -> Found:
 
 
 def narrow_bf16(out: Path, dry: bool) -> Found:
-    """The loss in bf16 against fp32."""
+    """The loss in bf16 compared with fp32."""
     device = _device(dry)
     full, half = (
         _gradients(_config(out, *NARROW, "model.dropout=0.0", f"precision={p}"), device)[0] for p in ("fp32", "bf16")
@@ -109,7 +109,7 @@ def narrow_bf16(out: Path, dry: bool) -> Found:
 
 
 def fp16_overflow(out: Path, dry: bool) -> Found:
-    """A step whose gradients overflow is left out, and the scale halved."""
+    """A step whose gradients overflow is skipped, and the loss scale is halved."""
     if dry:
         return Found(None, NO_GPU)
     from mtunet_dist.strategies.ddp import DDPStrategy
@@ -130,7 +130,8 @@ def fp16_overflow(out: Path, dry: bool) -> Found:
 
 
 def mixed_decoding(out: Path, dry: bool) -> Found:
-    """DALI's pixels against PIL's, with and without the GPU's JPEG engine, and augmented against the torch loader's."""
+    """DALI's pixels compared with PIL's, with and without the GPU's JPEG engine; augmented ones with the torch
+    loader's."""
     if lacking := _missing("nvidia.dali") if importlib.util.find_spec("nvidia") else "DALI is not installed":
         return Found(None, lacking)
     root, worst, device = _data(out), {}, _device(dry)
@@ -148,7 +149,7 @@ def mixed_decoding(out: Path, dry: bool) -> Found:
 
 
 def dali_memory(out: Path, dry: bool) -> Found:
-    """Batches read long after they were handed out, while DALI goes on decoding."""
+    """Batches are read long after they were handed out, while DALI continues to decode."""
     if lacking := _missing("nvidia.dali") if importlib.util.find_spec("nvidia") else "DALI is not installed":
         return Found(None, lacking)
     root, device = _data(out), _device(dry)
@@ -166,7 +167,7 @@ def dali_memory(out: Path, dry: bool) -> Found:
 
 
 def stalls(out: Path, dry: bool) -> Found:
-    """How long the host waits for a cached, augmented batch while the GPU is busy."""
+    """The time that the host waits for a cached, augmented batch while the GPU is busy."""
     root, device = _data(out), _device(dry)
     words = ["data.cache=host", "data.augment.flip=true", "data.augment.scales=[1.0,1.2,1.5]", "batch_size=8"]
     config = _config(root, *words)
@@ -186,7 +187,8 @@ def stalls(out: Path, dry: bool) -> Found:
 
 
 def stop_and_resume(out: Path, dry: bool) -> Found:
-    """torchrun over NCCL: asked to stop it exits with 75, and what goes on ends as what was never stopped."""
+    """torchrun over NCCL: after a request to stop it exits with 75, and the resumed run ends like an
+    uninterrupted one."""
     root = _data(out)
     words = [
         f"data.root={root}",
@@ -255,7 +257,7 @@ def throughput(out: Path, dry: bool) -> Found:
 
 
 def deepspeed_stages(out: Path, dry: bool) -> Found:
-    """Losses of some steps under ZeRO against DDP's."""
+    """Losses of some steps under ZeRO compared with DDP's."""
     if lacking := _missing("deepspeed"):
         return Found(None, lacking)
     losses = {}
@@ -295,7 +297,7 @@ CHECKS: dict[str, Check] = {
 
 
 def _seconds(work: Callable[[], object], times: int, device: torch.device) -> float:
-    """Of one call, mean over ``times`` after a few to warm up."""
+    """Mean seconds of one call over ``times`` calls, after a few warm-up calls."""
     for _ in range(3):
         work()
     if device.type == "cuda":
@@ -309,7 +311,7 @@ def _seconds(work: Callable[[], object], times: int, device: torch.device) -> fl
 
 
 def _gradients(config: Config, device: torch.device) -> tuple[float, list[torch.Tensor]]:
-    """The loss of one and the same batch, and all gradients, on the CPU."""
+    """The loss of one fixed batch, and all gradients, on the CPU."""
     torch.manual_seed(0)
     step = place(build_step(config, CLASSES, DEPTH), device, config.channels_last)
     torch.manual_seed(1)
@@ -321,7 +323,7 @@ def _gradients(config: Config, device: torch.device) -> tuple[float, list[torch.
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The norm of the difference, relative to the larger of the norms; 0 for what is noise."""
+    """The norm of the difference, relative to the larger norm. 0 if both are noise."""
     scale = max(a.norm().item(), b.norm().item())
     return (a - b).norm().item() / scale if scale > 1e-4 else 0.0
 
@@ -348,7 +350,7 @@ def _differences(a: Batch, b: Batch) -> tuple[float, float, float]:
 
 
 def _against_pil(config: Config, device: torch.device) -> tuple[float, float, float]:
-    """Largest differences between DALI's first batches and the reference's, which decodes with PIL."""
+    """Largest differences between DALI's first batches and those of the reference, which decodes with PIL."""
     dataset = PreparedDataset(Path(config.data.root))
     split = dataset.split("val")
     order = EvalOrder(len(split), batch_size=config.batch_size)

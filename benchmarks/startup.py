@@ -1,12 +1,12 @@
-"""Seconds from a command to the end of its first training step, and what they are spent on.
+"""Seconds from a command to the end of its first training step, and where the time goes.
 
-    python benchmarks/startup.py configs/demo.yaml --out benchmarks/results/startup_cpu.md
+python benchmarks/startup.py configs/demo.yaml --out benchmarks/results/startup_cpu.md
 
-Runs ``python -m mtunet_dist.train CONFIG key=value...`` and ``python launch/local.py --nproc N CONFIG key=value...``,
-as a user would, ``--rounds`` times in turn after a round that warms up the disk cache. A hook that Python itself loads
-(``startup_hooks/``) notes in every process when packages are imported and when stages begin, and ends it after one
-step; rank 0's notes make the table, medians over the rounds. An import that another package makes counts for the one
-that is imported. The time that launch/local.py takes before rank 0's interpreter runs is "launcher".
+It runs ``python -m mtunet_dist.train CONFIG key=value...`` and ``python launch/local.py --nproc N CONFIG key=value...``
+as a user would, in turn for ``--rounds`` rounds, after a first round that warms up the disk cache. Python itself loads
+a hook (``startup_hooks/``). In every process it notes when packages are imported and when stages begin, and it ends the
+process after one step. The table has the medians of rank 0's notes over the rounds. If one package imports another, the
+time counts for the imported one. "launcher" is the time of launch/local.py before rank 0's interpreter runs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LIMIT_S = 300.0
 
 
 def spent(events: Sequence[tuple[float, str, str]], started: float) -> dict[str, float]:
-    """Seconds per stage without the imports in it, and per imported package without those that it imports."""
+    """Seconds per stage without its imports, and per imported package without its own imports."""
     seconds: dict[str, float] = defaultdict(float)
     stage, importing, before = "launcher", list[str](), started
     for at, event, name in events:
@@ -51,7 +51,7 @@ def spent(events: Sequence[tuple[float, str, str]], started: float) -> dict[str,
 
 
 def start(words: Sequence[str], config: Sequence[str]) -> dict[str, float]:
-    """Run a command up to its first step; what rank 0 spent its time on."""
+    """Run a command up to its first step. Returns the times of rank 0."""
     with tempfile.TemporaryDirectory() as folder:
         hooks = os.pathsep.join([str(HERE / "startup_hooks"), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
         environment = os.environ | {"PYTHONPATH": hooks, "STARTUP_TRACE": folder}
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     args = parser.parse_intermixed_args()
     words = [args.config, *args.overrides]
-    load_config(args.config, [*args.overrides, "run_dir=unused"])  # the user's errors, before anything runs
+    load_config(args.config, [*args.overrides, "run_dir=unused"])  # report the user's errors before anything runs
     launchers = {
         "1 process": ["-m", "mtunet_dist.train"],
         f"launch/local.py, {args.processes} processes": [

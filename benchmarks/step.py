@@ -4,7 +4,7 @@
 
 Three parts: memory layouts, compilation, precisions and strategies with one process; batch sizes; and several processes
 with one thread each against one, with the same batch per process (weak scaling). Every variant lives in processes of
-its own, fed with random batches; they take turns for ``--rounds`` rounds. Figures are medians. ``of matmul`` is the
+its own, fed with random batches; variants take turns for ``--rounds`` rounds. Figures are medians. ``of matmul`` is the
 model's arithmetic (convolutions and products, forward and backward) per second as a share of what the product of two
 large square matrices reaches in the same precision, in turn with the steps. Memory is what building and training add
 to the process (resident, with the libraries loaded on the way; on a GPU what is allocated there). ``key=value`` words
@@ -37,24 +37,24 @@ HEADER = ("variant", "images/s", "ratio", "CPU s per image", "memory (MiB)", "GF
 
 @dataclass(frozen=True)
 class Setting:
-    """What all variants have in common."""
+    """The settings that all variants share."""
 
     device: torch.device
     height: int
     width: int
     precisions: Sequence[str]
     overrides: Sequence[str]
-    matrix: int  # rows and columns of the matrices whose product FLOP/s are compared with
+    matrix: int  # rows and columns of the matrices whose product is the reference for FLOP/s
     rounds: int
-    seconds: float  # of a turn, about
+    seconds: float  # approximate length of a turn
 
     @property
     def best_precision(self) -> str:
-        """What one would train with here."""
+        """The settings for a training on this machine."""
         return "bf16" if self.device.type == "cuda" and "bf16" in self.precisions else "fp32"
 
     def config(self, batch: int, words: Sequence[str]) -> Config:
-        """With ``batch`` samples over all processes."""
+        """The config with ``batch`` samples over all processes."""
         paths = ["run_dir=unused", "data.root=unused"]
         return load_config(None, [*paths, f"batch_size={batch}", *words, *self.overrides])
 
@@ -65,12 +65,12 @@ class Variant:
 
     config: Config
     processes: int = 1
-    threads: int = 0  # of each process; 0 = as many as torch takes by itself
-    reduce: bool = True  # gradients over the processes
+    threads: int = 0  # of each process; 0 = torch's default
+    reduce: bool = True  # reduce gradients over the processes
 
 
 def prepare_step(variant: Variant, height: int, width: int, device: torch.device) -> Callable[[], None]:
-    """A training step on one and the same random batch."""
+    """A training step, always on the same random batch."""
     train_on = training(variant.config, device, CLASSES, DEPTH, reduce=variant.reduce)
     batch = random_batch(variant.config.batch_size // distributed.world_size(), height, width, device)
     return lambda: train_on(dict(batch))
@@ -83,7 +83,7 @@ def prepare_matmul(precision: str, size: int, device: torch.device) -> Callable[
 
 
 def flop_per_image(config: Config, height: int, width: int) -> int:
-    """Of a forward and a backward pass, counted on shapes alone."""
+    """The FLOPs of a forward and a backward pass, counted from shapes only."""
     with torch.device("meta"):
         model = build_step(config, CLASSES, DEPTH).model
         image = torch.empty(1, 3, height, width)
@@ -94,7 +94,7 @@ def flop_per_image(config: Config, height: int, width: int) -> int:
 
 
 def modes(setting: Setting, words: Sequence[str], batch: int) -> dict[str, Variant]:
-    """Layouts, compilation, precisions, strategies; the first is what torch does by itself."""
+    """Layouts, compilation, precisions, strategies. The first variant has torch's defaults."""
     rows = {f"{setting.precisions[0]}, NCHW": [f"precision={setting.precisions[0]}", "channels_last=false"]}
     for precision in setting.precisions:
         for compiled in (False, True):
@@ -120,7 +120,7 @@ def batches(setting: Setting, words: Sequence[str], sizes: Sequence[int]) -> dic
 def processes(setting: Setting, words: Sequence[str], batch: int, most: int) -> dict[str, Variant]:
     """1, 2, 4 ... processes of one thread each with ``batch`` samples each.
 
-    The last once more without reducing gradients: what is missing there, the processes take from each other's machine.
+    The last variant runs once more without reducing gradients. The speed still missing is lost to the shared machine.
     """
     counts = [2**n for n in range(most.bit_length()) if 2**n <= most]
     words = [*words, f"precision={setting.best_precision}"]
@@ -163,7 +163,7 @@ def measure(setting: Setting, title: str, variants: dict[str, Variant]) -> str:
 def _row(
     done: Sequence[Turn], products: Sequence[Turn | None], variant: Variant, flop: int, matrix: int
 ) -> tuple[float, float, float, float, float]:
-    """Images/s, CPU seconds per image, MiB, FLOP/s, and the last's share of the matrix product's."""
+    """Images/s, CPU seconds per image, MiB, FLOP/s, and FLOP/s as a share of the matrix product's."""
     batch = variant.config.batch_size
     rate = batch * median(done, lambda turn: turn.steps / turn.seconds)
     made = [turn for turn in products if turn is not None]
@@ -231,7 +231,7 @@ def main() -> None:
             variants = {n: variant for n, variant in variants.items() if not any(word in n for word in args.without)}
             if len(variants) > 1:
                 text += "\n" + measure(setting, title, variants)
-                args.out.write_text(text, encoding="utf-8")  # what there is so far
+                args.out.write_text(text, encoding="utf-8")  # the results so far
     print(text)
 
 

@@ -28,7 +28,7 @@ from mtunet_dist.machine import cpus
 from turns import about, markdown
 
 REPOSITORY = Path(__file__).parents[1]
-sys.path.append(str(REPOSITORY / "tune"))  # scripts beside others
+sys.path.append(str(REPOSITORY / "tune"))  # its scripts import one another
 from sweep_config import Sweep, load_sweep  # noqa: E402
 from sweep_folder import Trial, evaluations, read_trials  # noqa: E402
 
@@ -37,15 +37,15 @@ HEADER = ("way", "trained to the end", "minutes", "configurations per hour", "ra
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one way came to."""
+    """The result of one way."""
 
     seconds: float
-    best: float  # of the configurations that were trained to the end
+    best: float  # among the configurations that were trained to the end
     finished: int
 
 
 def call(words: Sequence[str], log: Path) -> float:
-    """Run a command to its end; the seconds it took. Raises InputError with the end of its output if it fails."""
+    """Run a command to its end. Returns its seconds. Raises InputError with the end of its output if it fails."""
     started = time.monotonic()
     with log.open("ab") as file:
         code = subprocess.run([sys.executable, *words], stdout=file, stderr=subprocess.STDOUT).returncode
@@ -63,7 +63,7 @@ def best_of(trials: Sequence[Trial], sweep: Sweep) -> float:
 
 
 def run_sweep(file: Path, words: Sequence[str], folder: Path) -> tuple[Outcome, list[Trial], Sweep]:
-    """The sweep, by its command."""
+    """Run the sweep by its command."""
     words = [*words, f"run_dir={folder}"]
     seconds = call([str(REPOSITORY / "tune" / "sweep.py"), str(file), *words], folder.with_suffix(".log"))
     sweep, trials = load_sweep(file, words), read_trials(folder)
@@ -72,7 +72,7 @@ def run_sweep(file: Path, words: Sequence[str], folder: Path) -> tuple[Outcome, 
 
 
 def run_shell(trials: Sequence[Trial], sweep: Sweep, tried: Path, folder: Path) -> Outcome:
-    """A training after the other, of the configurations that were ``tried`` in another folder."""
+    """Run one training after the other, with the configurations that another folder has ``tried``."""
     folder.mkdir()
     seconds, ended = 0.0, []
     for trial in trials:

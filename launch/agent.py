@@ -1,9 +1,9 @@
-"""One node's part of a job, the same on one node and on many: torch's elastic agent, which starts the processes, ends
-them together, and starts them again after a failure.
+"""One node's part of a job, on one node or on many: torch's elastic agent. It starts the processes, ends them together,
+and restarts them after a failure.
 
-It differs from ``torchrun``, which is the same agent, in four things: what would fail again is not started again; the
-exit code is that of the process that failed, or 75 when asked to stop; processes do not outlive a killed launcher; and
-a restart works (see ``_environment``).
+It differs from ``torchrun``, which is the same agent, in four points. It does not restart a failure that would come
+again. Its exit code is that of the process that failed, or 75 when asked to stop. Its processes end when it is killed.
+A restart works (see ``_environment``).
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ from mtunet_dist.machine import cpus
 from mtunet_dist.preemption import STOPPED_BY
 from network import Endpoint
 
-# torchrun's own list lacks the last two, and it dies of them.
+# torchrun's own list lacks the last two signals, and these would end it.
 PASSED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
-FINAL = (2, PREEMPTED)  # exit codes of what another try would not change: the user's error, and a request to stop
-SAVING_S = 120  # that processes have to write a checkpoint once they are asked to stop
-PATIENCE_S = 600  # that nodes wait for one another
-PARTING_S = 30.0  # that the head, which serves the rendezvous, waits for the others once a job has failed
+FINAL = (2, PREEMPTED)  # exit codes after which another try would not help: the user's error, and a request to stop
+SAVING_S = 120  # time that processes have to write a checkpoint after a request to stop
+PATIENCE_S = 600  # time that nodes wait for one another
+PARTING_S = 30.0  # after a failed job, the head serves the rendezvous and waits so long for the other nodes
 
 
 @dataclass(frozen=True)
 class Job:
-    """What an agent must know."""
+    """The settings of an agent."""
 
     run_id: str  # the same on all nodes, different for different jobs
-    head: Endpoint  # where the agents meet; port 0: any, for one node
-    is_host: bool  # whether this agent serves that
-    address: str  # of this node, as the others see it
-    nodes: tuple[int, int]  # least and most
+    head: Endpoint  # the agents meet here; port 0 means any port, for one node
+    is_host: bool  # whether this agent serves the rendezvous
+    address: str  # this node's address as the other nodes see it
+    nodes: tuple[int, int]  # least and most number of nodes
     node_rank: int | None  # for a static rendezvous; None: c10d
     processes: int  # on this node
     max_restarts: int
@@ -62,19 +62,20 @@ class Job:
 
 
 class Agent(LocalElasticAgent):
-    """torch's agent, that looks at the exit code of the first process to fail before it starts them all again."""
+    """torch's agent. Before it restarts the processes, it checks the exit code of the first process that failed."""
 
     failure: ProcessFailure | None = None
-    shutdowns = 0  # begun
+    shutdowns = 0  # number of shutdowns that have begun
 
-    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:  # an extension point, says torch's manual
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:  # torch's manual calls it an extension point
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state != WorkerState.FAILED:
             return result
         self.failure = min(result.failures.values(), key=lambda failure: failure.timestamp)
         code = self.failure.exitcode
         if code == PREEMPTED and worker_group.spec.rdzv_handler.num_nodes_waiting():
-            # Another node's agent asked its processes to stop, as a node joins; this one is just about to.
+            # A node joins, and another node's agent has already asked its processes to stop; this agent will do so
+            # next.
             return RunResult(WorkerState.HEALTHY)
         if code in FINAL:
             self._remaining_restarts = 0
@@ -95,12 +96,12 @@ class Agent(LocalElasticAgent):
 
     @property
     def interrupted(self) -> bool:
-        """Whether a second signal came while the processes were ending after the first."""
+        """Whether a second signal came while the processes were ending after the first one."""
         return self.shutdowns > 1
 
     @property
     def exit_codes(self) -> set[int | None]:
-        """Of the processes of the last start."""
+        """The exit codes of the processes of the last start."""
         return {handler.proc.returncode for handler in getattr(self._pcontext, "subprocess_handlers", {}).values()}
 
     @property
@@ -109,12 +110,13 @@ class Agent(LocalElasticAgent):
         return -signal.SIGKILL in self.exit_codes
 
     def part(self, *, is_host: bool) -> None:
-        """Sign off with the other nodes; the host stays until all have, or its end would be an error to them."""
-        group: Any = self.get_worker_group()  # torch annotates it as if nothing ever came of a rendezvous
+        """Tell the other nodes that this one leaves. The host waits for all of them, because its end would be an error
+        to them."""
+        group: Any = self.get_worker_group()  # torch's annotation ignores that a rendezvous may fail
         if group.store is None:
             return
         deadline = time.monotonic() + PARTING_S
-        with suppress(RuntimeError, SignalException):  # the host has gone; asked once more
+        with suppress(RuntimeError, SignalException):  # the host has gone, or a second signal came
             gone = group.store.add("parted", 1)
             while is_host and gone < group.group_world_size and time.monotonic() < deadline:
                 time.sleep(0.1)
@@ -122,16 +124,16 @@ class Agent(LocalElasticAgent):
 
 
 def run(job: Job) -> int:
-    """Run this node's processes to their end and return the exit code: theirs, or 75 (128 + n) on a signal (n).
+    """Run this node's processes to their end. Returns their exit code, or after signal n the code 75 or 128 + n.
 
-    Raises InputError if the nodes do not come together.
+    Raises InputError if the nodes do not meet.
     """
     _set_environment(job.processes)
     try:
         handler = _meet(job)
     except RendezvousError as error:
         raise InputError(f"no rendezvous at {job.head}: {error.__cause__ or error}") from None
-    # A launcher that is killed cannot end its processes, and they would train on.
+    # A killed launcher cannot end its processes. Without this they would continue to train.
     ended_with = ("-m", "mtunet_dist.children", str(os.getpid()))
     worker = (*ended_with, sys.executable, "-u", "-m", "mtunet_dist.train")
     spec = WorkerSpec(
@@ -147,7 +149,7 @@ def run(job: Job) -> int:
     try:
         result = agent.run()
     except SignalException as request:
-        # It went on to the processes, which had SAVING_S to write a checkpoint.
+        # The processes got the signal too, and had SAVING_S to write a checkpoint.
         agent.part(is_host=job.is_host)
         for unsaved in (2, HUNG):
             if unsaved in agent.exit_codes:
@@ -165,7 +167,7 @@ def run(job: Job) -> int:
         print(f"not started again: {_why(error, job)}", file=sys.stderr, flush=True)
         return _exit_code(agent.failure)
     if agent.failure is not None and result.is_failed():
-        # The process that failed first has said why; the agent then ended the others.
+        # The process that failed first has printed the error; the agent then ended the others.
         handler.shutdown()
         agent.part(is_host=job.is_host)
         return _exit_code(agent.failure)
@@ -175,16 +177,16 @@ def run(job: Job) -> int:
 
 
 def _set_environment(processes: int) -> None:
-    """What the agent and its processes read from the environment."""
-    # Left alone the agent gives every process all cores, and torchrun one.
+    """Set the environment variables of the agent and its processes."""
+    # By default the agent gives every process all cores, and torchrun gives one.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus() // processes)))
     startup.set_threads(os.environ)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = PASSED_ON
-    # Without it a c10d agent makes one store for its processes and keeps it over restarts (dynamic_rendezvous.py,
-    # _shared_tcp_store_server), while init_process_group counts on a new one for every try (rendezvous.py,
-    # _create_c10d_store). gloo's keys there, default_pg/0//cpu//0/RANK, then still hold the addresses of processes
-    # that have ended, and a rank that reads one before it is overwritten connects to nobody. With it the first process
-    # of each try serves a store of its own, at a new port.
+    # Without this variable a c10d agent makes one store for its processes and keeps it over restarts
+    # (dynamic_rendezvous.py, _shared_tcp_store_server). init_process_group expects a new store for every try
+    # (rendezvous.py, _create_c10d_store). In the kept store, gloo's keys default_pg/0//cpu//0/RANK still hold the
+    # addresses of ended processes, and a rank that reads such a key before it is overwritten cannot connect. With the
+    # variable, the first process of each try serves a new store at a new port.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
 
@@ -211,15 +213,15 @@ def _why(error: Exception, job: Job) -> str:
 
 
 def _exit_code(failure: ProcessFailure) -> int:
-    """As a shell gives it."""
+    """The exit code as a shell would give it."""
     return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
 
 
 def processes_per_node(config: Config, wanted: int | None, nodes: tuple[int, int] = (1, 1)) -> int:
-    """``wanted``, or else one per GPU, or two on the CPU cores there are; says so if the batch allows fewer only.
+    """The number ``wanted``; else one per GPU; else two on CPU cores. Prints a line if the batch allows only fewer.
 
-    Raises InputError if a number of ``nodes`` (least, most) would have more processes than can share the batch, or
-    the batch could not be dealt evenly.
+    Raises InputError if for some number of ``nodes`` (least, most) the batch cannot be shared evenly among the
+    processes.
     """
     if wanted is not None and wanted < 1:
         raise InputError(f"--nproc={wanted} must be at least 1")
@@ -243,12 +245,12 @@ def processes_per_node(config: Config, wanted: int | None, nodes: tuple[int, int
 
 
 def _misfits(samples: int, processes: int, nodes: range) -> list[int]:
-    """The numbers of nodes among whose processes the samples cannot be shared evenly."""
+    """The numbers of nodes for which the samples cannot be shared evenly among the processes."""
     return [n for n in nodes if samples % (n * processes)]
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The part of the command line that is the same on one node and on many."""
+    """A parser with the options that are the same on one node and on many."""
     made = arguments.Parser(description=description)
     made.add_argument("--nproc", type=int, help="processes per node (default: one per GPU that the batch suits)")
     made.add_argument("--max-restarts", type=int, metavar="R", help="start again after R failures at most")
@@ -258,7 +260,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def restarts(wanted: int | None, default: int) -> int:
-    """``--max-restarts``. Raises InputError if it is negative."""
+    """The value of ``--max-restarts``. Raises InputError if it is negative."""
     if wanted is not None and wanted < 0:
         raise InputError(f"--max-restarts={wanted} must be 0 or more")
     return default if wanted is None else wanted

@@ -1,4 +1,4 @@
-"""Where the head is, and whether it is this node."""
+"""The address of the head node, and whether it is this node."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from mtunet_dist.addresses import Interfaces, interface_of, is_loopback, numbers_of, only_way_out
 from mtunet_dist.errors import InputError
 
-DEFAULT_PORT = 29400  # torchrun's for c10d
+DEFAULT_PORT = 29400  # torchrun's default for c10d
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An address as numbers, and a port."""
+    """A numeric address and a port."""
 
     address: str
     port: int
@@ -32,7 +32,8 @@ class Endpoint:
 
 
 def resolve(head: str) -> Endpoint:
-    """``HOST[:PORT]`` as numbers. Raises InputError if it is malformed or this node does not know the host."""
+    """``HOST[:PORT]`` as an endpoint. Raises InputError if the text is malformed or this node does not know the
+    host."""
     try:
         host, port = parse_rendezvous_endpoint(head, DEFAULT_PORT)
     except ValueError:
@@ -46,22 +47,22 @@ def resolve(head: str) -> Endpoint:
 
 
 def is_here(head: Endpoint, present: Interfaces) -> bool:
-    """Whether the head's address is one of this node's."""
+    """Whether the head's address is an address of this node."""
     return is_loopback(head.address) or any(head.address in addresses for addresses in present.values())
 
 
 def way_out(text: str, head: Endpoint, present: Interfaces) -> str | None:
-    """On the head, where its own name ``text`` means the loopback, as on Debian: the only interface that leads to other
-    nodes. None where there are several, and on other nodes."""
+    """The only interface of the head to other nodes, if the head's name ``text`` means its own loopback, as on Debian.
+    None if the head has several such interfaces, and on other nodes."""
     named = head.address not in text
     return only_way_out(present, head.address) if named and is_loopback(head.address) else None
 
 
 def choose(head: Endpoint, wanted: str | None, present: Interfaces, source: str) -> tuple[str, str]:
-    """The interface to use, and this node's address on it: that of the route to the head, or the ``wanted`` one's.
+    """The interface to use, and this node's address on it. It is the ``wanted`` one, or that of the route to the head.
 
-    ``source`` is this node's address on that route. Raises InputError if the interface is absent or has no address
-    of the head's kind, or if the head's name means the loopback here, where no other node could connect.
+    ``source`` is this node's address on that route. Raises InputError if the interface is absent or has no address of
+    the head's kind, or if the head's name means the loopback here, where no other node could connect.
     """
     listed = ", ".join(f"{name} ({' '.join(addresses)})" for name, addresses in present.items())
     if wanted is None:
@@ -85,7 +86,7 @@ def choose(head: Endpoint, wanted: str | None, present: Interfaces, source: str)
 
 
 def check_free(head: Endpoint) -> None:
-    """On the head: raises InputError if something else listens on the port."""
+    """Raise InputError if another program listens on the head's port. Called on the head."""
     with closing(socket.socket(head.family, socket.SOCK_STREAM)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -98,7 +99,7 @@ def check_free(head: Endpoint) -> None:
 
 
 def wait_for(head: Endpoint, patience_s: float) -> None:
-    """On another node: until the head listens. Raises InputError if it does not within ``patience_s`` seconds."""
+    """Wait until the head listens. Called on other nodes. Raises InputError after ``patience_s`` seconds."""
     deadline = time.monotonic() + patience_s
     waiting = False
     while True:

@@ -1,7 +1,7 @@
 """Train on many nodes: the same command on each, ``python launch/nodes.py --head HOST --nnodes N CONFIG key=value...``.
 
-HOST is one of the nodes. Interface, addresses, numbers of processes and threads follow from it and from the node;
-docs/distributed.md has examples. All nodes need the same code, config, data and a run folder on a disk they share.
+HOST is one of the nodes. Interface, addresses and numbers of processes and threads are found from it and the node;
+docs/distributed.md has examples. All nodes need the same code, config and data, and a run folder on a shared disk.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from mtunet_dist.addresses import interfaces, source_towards, use_interface
 from mtunet_dist.config import load_config
 from mtunet_dist.errors import InputError, command
 
-ELASTIC_RESTARTS = 3  # by default: a lost node costs one
+ELASTIC_RESTARTS = 3  # default; each lost node takes one
 
 
 def node_range(text: str) -> tuple[int, int]:
-    """``N`` or ``LEAST:MOST``. Raises InputError."""
+    """Parse ``N`` or ``LEAST:MOST``. Raises InputError."""
     words = text.split(":")
     if not 1 <= len(words) <= 2 or not all(word.isdecimal() for word in words):
         raise InputError(f"--nnodes={text} is neither a number of nodes nor LEAST:MOST")
@@ -30,7 +30,7 @@ def node_range(text: str) -> tuple[int, int]:
 
 
 def check_rendezvous(way: str, node_rank: int | None, nodes: tuple[int, int]) -> None:
-    """Raises InputError if the options do not go together."""
+    """Raise InputError if the options do not fit together."""
     if way == "c10d" and node_rank is not None:
         raise InputError(f"--node-rank={node_rank} is for --rdzv=static; with c10d the nodes agree on their ranks")
     if way == "static" and nodes[0] != nodes[1]:
@@ -38,9 +38,9 @@ def check_rendezvous(way: str, node_rank: int | None, nodes: tuple[int, int]) ->
 
 
 def static_rank(given: int | None, count: int, *, on_head: bool) -> int:
-    """This node's rank among ``count``: 0 on the head, 1 on the other of two, else as ``given``.
+    """This node's rank among ``count``: 0 on the head, 1 on the other of two nodes, else ``given``.
 
-    Raises InputError if it is missing, out of range, or another node's.
+    Raises InputError if the rank is missing, out of range, or belongs to the head.
     """
     if given is None:
         if on_head:

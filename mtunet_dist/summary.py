@@ -27,7 +27,8 @@ WIDTH_INCHES, DPI = 12.0, 110
 
 
 def depth_histogram(split: Split) -> np.ndarray:
-    """Counts int64 (65536,) of the stored depths over at most ``DEPTH_SAMPLES`` samples; entry 0 is invalid."""
+    """Counts int64 (65536,) of the stored depths over at most ``DEPTH_SAMPLES`` samples. Entry 0 counts invalid
+    pixels."""
     counts = np.zeros(1 << 16, dtype=np.int64)
     for i in track(split.spread(DEPTH_SAMPLES), description=f"depth of {'+'.join(split.names)}", transient=True):
         counts += np.bincount(split.decode(i).depth.reshape(-1), minlength=1 << 16)

@@ -1,4 +1,4 @@
-"""What a run tells the world: a progress bar, metrics.jsonl and TensorBoard, all from rank 0."""
+"""The reports of a run: a progress bar, metrics.jsonl and TensorBoard, all from rank 0."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ from mtunet_dist import distributed, records
 from mtunet_dist.errors import MTUNetError
 
 PLAIN_LINE_SECONDS = 10.0
-ABOUT = ("kind", "step", "epoch", "time")  # of each line of metrics.jsonl; the rest are its figures
-BOARD_RETRY_SECONDS = 60.0  # between tries to open TensorBoard's file on a full disk; each leaves an empty file
+ABOUT = ("kind", "step", "epoch", "time")  # in each line of metrics.jsonl; all other keys are figures
+BOARD_RETRY_SECONDS = 60.0  # between tries to open TensorBoard's file on a full disk; each try leaves an empty file
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What is said of the steps since the last report."""
+    """The figures of the steps since the last report."""
 
     losses: dict[str, float]  # per task, and "total": means over these steps and all ranks
     weights: dict[str, float]  # loss weight per task now
     lr: float  # of the newest step
     grad_norm: float  # of the newest step, before clipping
-    skipped: int = 0  # places that samples which cannot be decoded took in batches, since this process started
+    skipped: int = 0  # how often undecodable samples took a place in a batch since this process started
 
 
 class Tracker:
-    """Reports of one process that trains ``total_steps`` steps, ``start_step`` of them done before. Silent off rank 0.
+    """Reports of one process that trains to ``total_steps``; ``start_step`` steps were done before. Silent except on
+    rank 0.
 
-    A resumed run drops what metrics.jsonl and TensorBoard hold of steps beyond ``start_step``, and with
-    ``evaluation_due`` of an evaluation after it: they come again. When the disk is full or read-only it leaves out what
-    cannot be written, and says so, or with ``on_write_error="stop"`` keeps the ``error`` for ``check`` to raise: all
-    ranks must hear of it, not only the one that writes.
+    A resumed run removes from metrics.jsonl and TensorBoard the steps beyond ``start_step``, and with
+    ``evaluation_due`` also the evaluation after it, because they will come again. If the disk is full or read-only, it
+    prints a warning and drops what it cannot write. With ``on_write_error="stop"`` it keeps the ``error`` instead, and
+    ``check`` raises it: all ranks must get the error, not only the one that writes.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Tracker:
             records.keep(
                 self.metrics_file, records.METRICS_KEYS, lambda r: r["step"] <= newest.get(r["kind"], start_step)
             )
-        # TensorBoard drops whole steps: where the last is yet to be evaluated, what was said of it is said again.
+        # TensorBoard removes whole steps. If the last step still needs its evaluation, write its other figures again.
         self.purge_step: int | None = start_step + (not evaluation_due)
         self.board_closed_until = -math.inf
         self._with_board(SummaryWriter.flush)
@@ -94,7 +95,7 @@ class Tracker:
         self.bar.start()
 
     def steps(self, done: int, report: StepReport) -> None:
-        """Record the steps since the last report, the newest of which was number ``done`` (from 1)."""
+        """Record the steps since the last report. ``done`` is the number of the newest step (from 1)."""
         if not self.main:
             return
         now = time.perf_counter()
@@ -147,13 +148,13 @@ class Tracker:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside does not count into samples/s."""
+        """Time spent inside does not count for samples/s."""
         start = time.perf_counter()
         yield
         self.paused_s += time.perf_counter() - start
 
     def flush(self) -> None:
-        """Bring everything to disk: a resumed run writes only what lies beyond its checkpoint."""
+        """Flush everything to disk: a resumed run writes only what comes after its checkpoint."""
         if self.main:
             self._with_board(SummaryWriter.flush)
 
@@ -173,7 +174,7 @@ class Tracker:
 
     def _scalars(self, kind: str, done: int, values: Mapping[str, float]) -> None:
         about = {"kind": kind, "step": done, "epoch": done / self.steps_per_epoch, "time": time.time()}
-        # JSON knows neither NaN nor infinity: an undefined figure is null.
+        # JSON has neither NaN nor infinity, so an undefined figure is null.
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         with self._writing(self.metrics_file):
             records.append(self.metrics_file, {**about, **finite})
@@ -189,7 +190,8 @@ class Tracker:
         self._with_board(add)
 
     def _with_board(self, use: Callable[[SummaryWriter], object]) -> None:
-        """``use`` TensorBoard's writer. One that failed once fails for ever, so a later call opens another."""
+        """Call ``use`` with TensorBoard's writer. A writer that failed once always fails, so a later call opens a new
+        one."""
         folder = self.run_dir / "tensorboard"
         if time.monotonic() < self.board_closed_until:
             return
@@ -198,7 +200,7 @@ class Tracker:
                 if self.board is None:
                     self.board = SummaryWriter(str(folder), purge_step=self.purge_step)
                     self.board.flush()
-                    self.purge_step = None  # only now: where it did not get to the disk, neither did any step
+                    self.purge_step = None  # only now: if the writer fails before, no step was removed
                 use(self.board)
             except OSError:
                 self.board = None
@@ -207,7 +209,7 @@ class Tracker:
 
     @contextmanager
     def _writing(self, path: Path) -> Iterator[None]:
-        """Around what writes to ``path``; see the class for what happens when it cannot."""
+        """Context for code that writes to ``path``. The class describes what happens if the write fails."""
         try:
             yield
         except OSError as error:

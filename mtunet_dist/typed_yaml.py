@@ -1,8 +1,8 @@
-"""YAML files and ``key=value`` words become frozen dataclasses; what is wrong with them is said in one line.
+"""Turns YAML files and ``key=value`` words into frozen dataclasses. Each error is a message of one line.
 
-OmegaConf does the merging and stays in this file. Three things it would do otherwise: a key that holds text takes what
-the file says, letter for letter, though YAML reads ``2024_11_28``, ``1e3`` and ``on`` as other things; a text that
-begins with ``~/`` lies in the home folder; and messages name the key, its value and what it may be.
+OmegaConf does the merging; no other file uses it. This file changes its behaviour in three points. A key that holds
+text takes exactly the text of the file, although YAML reads ``2024_11_28``, ``1e3`` and ``on`` as other types. A text
+that begins with ``~/`` is a path in the home folder. Messages name the key, its value and the allowed values.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from mtunet_dist.key_hints import hint
 
 T = TypeVar("T")
 MISSING: Any = omegaconf.MISSING  # the default of a key that must be given
-# The dataclass behind a section that the schema only calls a mapping, from its key and the ``name`` in it.
+# Returns the dataclass of a section that the schema calls only a mapping, from the section's key and its ``name``.
 SchemaOf = Callable[[str, str], type | None]
-KeysOf = Callable[[], Sequence[str]]  # further keys that a misspelt one may mean
+KeysOf = Callable[[], Sequence[str]]  # further keys that the user of a misspelt key may mean
 
 _BROKEN_REFERENCE = "a '${' has no key or no '}' behind it"
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -46,7 +46,7 @@ def load_as(schema: type[T], source: Path | dict[str, Any], overrides: Sequence[
 
 
 def merge(schema: type[T], layers: list[Any], overrides: Sequence[str], more_keys: KeysOf = tuple) -> T:
-    """``layers``, of ``read_yaml`` or ``parse_yaml``, the later ones first in command, then the overrides."""
+    """Merge ``layers`` from ``read_yaml`` or ``parse_yaml``, then the overrides. Later ones replace earlier ones."""
     layers = [*layers, _parse_overrides(schema, overrides)]
     for layer in layers:
         given = content(layer)
@@ -67,12 +67,12 @@ def merge(schema: type[T], layers: list[Any], overrides: Sequence[str], more_key
 
 
 def content(layer: Any) -> dict[str, Any]:
-    """What is in a layer, references as they stand."""
+    """The content of a layer. References stay as they are."""
     return cast(dict[str, Any], OmegaConf.to_container(layer))
 
 
 def put_text(layer: Any, key: str, text: str) -> None:
-    """Put ``text``, as it stands, into a layer."""
+    """Put exactly this ``text`` into a layer."""
     OmegaConf.update(layer, key, _escaped(text))
 
 
@@ -82,13 +82,13 @@ def to_yaml(config: object) -> str:
 
 
 def as_dict(instance: object) -> dict[str, Any]:
-    """A dataclass as a dictionary, and so what is in it."""
+    """A dataclass as a dictionary, with the dataclasses in it."""
     assert dataclasses.is_dataclass(instance) and not isinstance(instance, type)
     return dataclasses.asdict(instance)
 
 
 def leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and the values that are no sections."""
+    """Dotted keys and values, without sections."""
     for key, value in section.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{key}.")
@@ -97,7 +97,7 @@ def leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def read_yaml(path: Path, schema: type, schema_of: SchemaOf = lambda key, name: None) -> Any:
-    """The YAML file at ``path`` as a layer for ``merge``. InputError if it cannot be read or is no mapping."""
+    """The YAML file at ``path`` as a layer for ``merge``. InputError if it cannot be read or is not a mapping."""
     if not path.is_file():
         raise InputError(f"config file {path} does not exist")
     try:
@@ -114,7 +114,7 @@ def read_yaml(path: Path, schema: type, schema_of: SchemaOf = lambda key, name: 
 
 
 def parse_yaml(text: str, schema: type, schema_of: SchemaOf = lambda key, name: None) -> Any:
-    """The YAML ``text`` as a layer for ``merge``, what ``schema`` knows as text kept as it stands."""
+    """The YAML ``text`` as a layer for ``merge``. Values that are text in ``schema`` stay exactly as written."""
     try:
         root = yaml.compose(text, yaml.SafeLoader)
         layer = OmegaConf.create(text) if root is not None else OmegaConf.create({})
@@ -131,7 +131,7 @@ def parse_yaml(text: str, schema: type, schema_of: SchemaOf = lambda key, name: 
 
 
 def _quote_texts(node: yaml.MappingNode, schema: type, schema_of: SchemaOf) -> None:
-    """Turn the scalars of ``node`` that stand where ``schema`` has text into text."""
+    """Make scalars of ``node`` strings if their keys hold text in ``schema``."""
     kinds = get_type_hints(schema)
     for name, value in node.value:
         kind = kinds.get(name.value)
@@ -155,7 +155,7 @@ def _parse_overrides(schema: type, words: Sequence[str]) -> Any:
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise InputError(f"'{word}' is not of the form key=value")
-        if any("\ud800" <= character <= "\udfff" for character in word):  # how Python reads bytes that are no text
+        if any("\ud800" <= character <= "\udfff" for character in word):  # so Python reads bytes that are not text
             raise InputError(f"{word!a} is not UTF-8, which config.yaml is")
         try:
             kind = kind_of(schema, key)
@@ -173,7 +173,7 @@ def _parse_overrides(schema: type, words: Sequence[str]) -> Any:
 
 
 def kind_of(schema: Any, key: str) -> Any:
-    """The type of the dotted ``key`` of ``schema``; None if there is no such key."""
+    """The type of the dotted ``key`` in ``schema``. None if there is no such key."""
     kind = schema
     for name in key.split("."):
         if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
@@ -183,14 +183,14 @@ def kind_of(schema: Any, key: str) -> Any:
 
 
 def _is_text(kind: Any) -> bool:
-    """Whether a key of this type holds a string, or may be null."""
+    """Whether a key of this type holds text. It may also allow null."""
     if get_origin(kind) in (Union, types.UnionType):
         return all(part is type(None) or _is_text(part) for part in get_args(kind))
     return kind is str or (get_origin(kind) is Literal and all(isinstance(value, str) for value in get_args(kind)))
 
 
 def _expand_homes(schema: type, layer: Any, given: Mapping[str, Any], prefix: str = "") -> None:
-    """Put the home folder into the texts of ``layer`` (``given`` is its content) that begin with ``~/``."""
+    """Put the home folder into the texts of ``layer`` that begin with ``~/``; ``given`` is its content."""
     kinds = get_type_hints(schema)
     for name, value in given.items():
         kind = kinds[name]
@@ -205,7 +205,7 @@ def _expand_homes(schema: type, layer: Any, given: Mapping[str, Any], prefix: st
 
 
 def expand_home(text: str, what: str) -> str:
-    """``text`` with that home folder for a leading ``~`` or ``~user``. InputError, about ``what``, if there is none."""
+    """Replace a leading ``~`` or ``~user`` in ``text``. InputError about ``what`` if there is no such home folder."""
     if not re.match(r"~[^/]*(/|$)", text):
         return text
     try:
@@ -215,7 +215,7 @@ def expand_home(text: str, what: str) -> str:
 
 
 def _escaped(value: Any) -> Any:
-    """``value`` such that OmegaConf reads each ``${`` in its strings as it stands, not as a reference."""
+    """Escape ``value`` so that OmegaConf keeps each ``${`` in its strings as text instead of a reference."""
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
     if isinstance(value, Mapping):
@@ -224,7 +224,7 @@ def _escaped(value: Any) -> Any:
 
 
 def _check_shape(schema: Any, given: Mapping[str, Any], more_keys: KeysOf, prefix: str = "", top: Any = None) -> None:
-    """Refuse unknown keys, and what is no section or no list where one is due; OmegaConf says less about them."""
+    """Refuse unknown keys, and values that are not the section or list of their key. OmegaConf's messages say less."""
     kinds, top = get_type_hints(schema), top or schema
     for name, value in given.items():
         key = f"{prefix}{name}"
@@ -244,7 +244,7 @@ def _check_shape(schema: Any, given: Mapping[str, Any], more_keys: KeysOf, prefi
 
 
 def all_keys(schema: type, prefix: str = "") -> list[str]:
-    """The dotted keys of ``schema``; of a section that is a mapping those that it has by default."""
+    """The dotted keys of ``schema``. A section that is a mapping gives the keys of its default."""
     keys = []
     for field in dataclasses.fields(schema):
         key, kind = f"{prefix}{field.name}", get_type_hints(schema)[field.name]
@@ -265,7 +265,7 @@ def _how_to_write(schema: type, name: str, key: str, value: Any) -> str:
 
 
 def _check_list(key: str, value: Any, kinds: tuple[Any, ...]) -> None:
-    """Refuse a ``value`` that is not a list of ``kinds`` as in ``tuple[kinds]``."""
+    """Raise InputError if ``value`` is not a list of ``kinds``, given as in ``tuple[kinds]``."""
     if not isinstance(value, list | tuple):
         example = "" if isinstance(value, dict) else f", such as {key}=[{_shown(value)}]"
         raise InputError(f"{key}={_shown(value)} must be a list{example}")
@@ -276,19 +276,19 @@ def _check_list(key: str, value: Any, kinds: tuple[Any, ...]) -> None:
 
 
 def _is_item(kind: Any, value: Any) -> bool:
-    """Whether ``value`` can be in a list of ``kind``; OmegaConf does not say which item it refuses."""
+    """Whether ``value`` can be in a list of ``kind``. OmegaConf does not say which item it refuses."""
     if kind in (int, float):
         return isinstance(value, int | kind) and not isinstance(value, bool)
     return kind is not str or isinstance(value, str | int | float)
 
 
 def _is_reference(value: Any) -> bool:
-    """Whether ``value`` stands for another key's; what that is, OmegaConf checks."""
+    """Whether ``value`` refers to another key. OmegaConf checks the value of that key."""
     return isinstance(value, str) and "${" in value
 
 
 def _shown(value: Any) -> str:
-    """``value`` as on the command line."""
+    """``value`` as the user would write it on the command line."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_shown, value))}]"
     if isinstance(value, dict):
@@ -297,7 +297,7 @@ def _shown(value: Any) -> str:
 
 
 def _reason(schema: type, layers: list[Any], error: RefusedError) -> str:
-    """Why OmegaConf refuses a value: the key, the value that was given, and what it may be."""
+    """The reason why OmegaConf refuses a value: the key, the given value, and the allowed values."""
     key = (error.full_key or "").split("[")[0]
     value: Any = next((f.default for f in dataclasses.fields(schema) if f.name == key), None)
     for layer in layers:
@@ -317,7 +317,7 @@ def _value_at(section: Any, key: str, otherwise: Any) -> Any:
 
 
 def _meaning(kind: Any) -> str:
-    """What a key of this type may be, in words."""
+    """A description of the values that a key of this type may have."""
     arguments = get_args(kind)
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(_shown, arguments))}"

@@ -1,4 +1,4 @@
-"""A training that no longer moves ends, and says where each rank stood, instead of waiting for ever."""
+"""Ends a training that makes no progress, instead of waiting for ever, and records the position of each rank."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from types import TracebackType
 from mtunet_dist import distributed
 from mtunet_dist.errors import HUNG
 
-DUMP_S = 2.0  # that a rank waits after its dump: the end of the first makes torchrun end the others
+DUMP_S = 2.0  # time that a rank waits after its dump: the end of the first rank makes torchrun end the others
 
 
 class Watchdog:
     """While entered, a process that does not call ``beat`` for ``limit_s`` seconds writes the stacks of all its threads
-    to ``folder/rank_N.txt`` and ends with exit code ``HUNG``. With ``compiles`` it may take any time to the first, and
-    in the first ``evaluation``.
+    to ``folder/rank_N.txt`` and ends with exit code ``HUNG``. With ``compiles`` there is no limit before the first
+    ``beat`` and in the first ``evaluation``.
 
-    Where one rank hangs, all soon wait for it, so all write theirs; one that is stopped or gone writes none. torchrun
-    then ends what is left, and starts anew if it was given ``--max-restarts``; the file is then ``rank_N.before.txt``.
+    If one rank hangs, all ranks soon wait for it, so that each writes its file. A suspended or lost rank writes none.
+    torchrun then ends the remaining processes. With ``--max-restarts`` it starts them again; the file is then
+    ``rank_N.before.txt``.
     """
 
     def __init__(self, folder: Path, limit_s: float, *, compiles: bool = False) -> None:
@@ -38,7 +39,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        with suppress(OSError):  # of a hang before; torchrun may have started this process because of it
+        with suppress(OSError):  # from an earlier hang; torchrun may have started this process because of it
             self.file.replace(self.file.with_suffix(".before.txt"))
         self._thread.start()
         return self
@@ -50,13 +51,14 @@ class Watchdog:
         self._thread.join()
 
     def beat(self) -> None:
-        """The process has moved on."""
+        """Record progress."""
         self.beats += 1
         self._patient = self._evaluating
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """What is done inside is compiled for itself, as are its last and smaller batches."""
+        """Context of an evaluation. With ``compiles`` the first evaluation has no limit: its graph, and that of its
+        smaller last batch, must be compiled."""
         self._evaluating = self._patient = self._first_evaluation
         try:
             yield
@@ -66,7 +68,7 @@ class Watchdog:
     def _watch(self) -> None:
         tick = min(1.0, self.limit_s / 4)
         seen, still = 0, 0.0
-        # Ticks are counted, not the clock: while the process is suspended, which is no fault of its, there are none.
+        # Count ticks instead of reading the clock: a suspended process makes no ticks, and suspension is not a hang.
         while not self._end.wait(tick):
             still += tick
             if self.beats != seen or self._patient:

@@ -1,4 +1,4 @@
-"""A batch script for one submission: a script of this folder with the options of the job put into its head."""
+"""Makes a batch script for one submission: a script of this folder with the job's options in its head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mtunet_dist.errors import InputError
 
 @dataclass(frozen=True)
 class Options:
-    """What a job asks for. A profile (YAML) gives some of it, the command line the rest and the last word."""
+    """The options of a job. A profile (YAML) gives some of them; the command line gives the rest and has priority."""
 
     nodes: int = 1
     gpus: int = 0  # per node; 0 = train on CPUs
@@ -27,32 +27,32 @@ class Options:
     constraint: str = ""
     name: str = ""  # of the job; default: that of the run folder
     sbatch: tuple[str, ...] = ()  # further options of sbatch, such as --exclusive
-    signal_s: int = 120  # the checkpoint is asked for so many seconds before the time limit
-    requeue: bool = True  # go back into the queue when stopped on request
-    chain: int = 1  # jobs in a row instead, each going on where the time limit stopped the one before
-    seeds: tuple[int, ...] = ()  # a training for each, as an array of jobs
-    grid: tuple[str, ...] = ()  # key=[value,...]: a training for each combination, likewise
+    signal_s: int = 120  # the checkpoint is requested so many seconds before the time limit
+    requeue: bool = True  # queue the job again after a stop on request
+    chain: int = 1  # submit so many jobs in sequence; each continues where the time limit stopped the previous one
+    seeds: tuple[int, ...] = ()  # one training for each, as an array of jobs
+    grid: tuple[str, ...] = ()  # key=[value,...]: one training for each combination, as an array of jobs
     at_once: int = 0  # jobs of an array at a time; 0 = all
     setup: tuple[str, ...] = ()  # lines of shell at the beginning, such as module load cuda
-    python: str = ""  # default: the one that submits; `python` where there are setup lines or a container
+    python: str = ""  # default: the one that submits; `python` if there are setup lines or a container
     container_image: str = ""  # for srun's --container-image (Pyxis); it must hold python and mtunet_dist
-    container_mounts: tuple[str, ...] = ()  # such as /scratch:/scratch; the working folder is mounted as it is
+    container_mounts: tuple[str, ...] = ()  # such as /scratch:/scratch; the working folder is always mounted
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a script is made from."""
+    """The inputs of a batch script."""
 
     template: str  # the text of train.sbatch or sweep.sbatch
     options: Options
     home: Path  # the repository
-    folder: Path  # where the job works
+    folder: Path  # working folder of the job
     log: Path  # with Slurm's %j
     python: str
-    words: tuple[str, ...]  # of the training; of every member of an array
+    words: tuple[str, ...]  # words of the training, or of every member of an array
     members: Sequence[tuple[str, ...]] = ()  # further words of each member of an array
     variables: dict[str, str] = field(default_factory=dict)
-    origin: str = ""  # said in a comment
+    origin: str = ""  # written in a comment
 
 
 def render(job: Job) -> str:
@@ -80,7 +80,7 @@ def render(job: Job) -> str:
 
 
 def _directives(job: Job) -> list[str]:
-    """#SBATCH lines; the last one of a name counts, so they come after those of the template."""
+    """#SBATCH lines. They follow those of the template, because the last line of a name counts."""
     options = job.options
     asked = {
         "job-name": options.name,
@@ -111,7 +111,7 @@ def _directives(job: Job) -> list[str]:
 
 
 def _container(job: Job) -> list[str]:
-    """Every step in the container; what is on the host keeps its path there."""
+    """Run every step in the container. Paths on the host stay the same there."""
     mounts = list(
         dict.fromkeys([*job.options.container_mounts, f"{job.folder}:{job.folder}", f"{job.home}:{job.home}"])
     )
@@ -124,12 +124,12 @@ def _container(job: Job) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    """``text`` for bash."""
+    """``text`` quoted for bash."""
     return shlex.quote(_one_line(text))
 
 
 def _sbatch_quoted(text: str) -> str:
-    """``text`` for a #SBATCH line, which is not bash's to read."""
+    """``text`` for a #SBATCH line, which bash does not read."""
     text = _one_line(text)
     return text if re.fullmatch(r"[\w./:,@%+=-]+", text) else '"' + re.sub(r'(["\\#])', r"\\\1", text) + '"'
 

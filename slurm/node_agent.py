@@ -1,13 +1,13 @@
 """The agent of one node: ``python slurm/node_agent.py [torchrun's options] -m mtunet_dist.train CONFIG key=value...``.
 
-torchrun with exit codes that a batch script can act upon. SIGTERM, SIGUSR1 and SIGUSR2 go on to the processes, which
-take the time they need for a checkpoint: how long that may be is Slurm's to say. The exit code is that of the process
-that failed first, 75 when it stopped on request.
+It is torchrun with exit codes that a batch script can use. It passes SIGTERM, SIGUSR1 and SIGUSR2 on to the processes
+and waits while they write a checkpoint; Slurm sets the time limit for this. The exit code is that of the process that
+failed first, or 75 after a stop on request.
 
-Where ``MTUNET_EXIT_FILE`` is set (to one path for all nodes), 0 takes the place of 75, as ``srun
---kill-on-bad-exit`` would kill the nodes that still write, and node 0 leaves the line ``CODE CHECKPOINT RESTART`` in
-that file: its exit code before that, the name of the run's newest checkpoint or ``none``, and how often Slurm had
-queued the job again: where this node is cut off, the next restart may have begun.
+If ``MTUNET_EXIT_FILE`` is set (to the same path on all nodes), the exit code is 0 instead of 75, because ``srun
+--kill-on-bad-exit`` would kill the nodes that still write. Node 0 then writes the line ``CODE CHECKPOINT RESTART`` to
+that file: the exit code before this change, the name of the run's newest checkpoint or ``none``, and how often Slurm
+had queued the job again. If this node is cut off, the next restart may already have begun.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mtunet_dist.preemption import SIGNALS
 
 
 def pass_on(number: int, frame: FrameType | None) -> None:
-    """Send a request to stop to the processes; without any, there is nothing to save."""
+    """Send a request to stop to the processes. If there are none, there is nothing to save."""
     children = [int(word) for file in Path("/proc/self/task").glob("*/children") for word in file.read_text().split()]
     if not children:
         sys.exit(PREEMPTED)
@@ -34,7 +34,7 @@ def pass_on(number: int, frame: FrameType | None) -> None:
 
 
 def run(words: list[str]) -> int:
-    """Run torchrun with ``words``; its exit code."""
+    """Run torchrun with ``words`` and return its exit code."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
@@ -45,9 +45,9 @@ def run(words: list[str]) -> int:
     except SignalException as request:
         return 128 + int(request.sigval)
     except ChildFailedError as failure:
-        # The process that failed first has said why; torchrun then ended the others.
+        # The process that failed first has printed the error; torchrun then ended the others.
         _, first = failure.get_first_failure()
-        # Asked to stop before it could listen: nothing was done that a checkpoint could hold.
+        # The stop came before the process could handle it: there was nothing to save.
         if -first.exitcode in SIGNALS:
             return PREEMPTED
         return int(first.exitcode) if first.exitcode > 0 else 128 - int(first.exitcode)
@@ -55,7 +55,7 @@ def run(words: list[str]) -> int:
 
 
 def newest_checkpoint(words: list[str]) -> str:
-    """Name of the newest checkpoint of the run, or of the reproduction, that ``words`` describe, or ``none``."""
+    """Name of the newest checkpoint of the run or reproduction that ``words`` describe, or ``none``."""
     from mtunet_dist.checkpoint import by_age
     from mtunet_dist.config import load_config
 

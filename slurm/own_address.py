@@ -1,6 +1,6 @@
 """Print this node's address as another node reaches it: ``python slurm/own_address.py OTHER``, a name or an address.
 
-Before anything has been started: what the batch scripts give to others as the place to meet.
+The batch scripts call it first and give the address to the other nodes, which meet there.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The runs under a folder and how far they are: ``python slurm/status.py [FOLDER]``.
+"""The runs under a folder and their progress: ``python slurm/status.py [FOLDER]``.
 
-Everything is read from the run folders, and from squeue where there is one. A run is queued or running if Slurm says
-so of its job, running also if a process of this machine has its folder; else finished, stopped (with all that it
-reported in a checkpoint, or as its job said at its end), or failed.
+All information comes from the run folders, and from squeue if there is one. A run is queued or running if Slurm says so
+of its job. It is also running if a process of this machine has locked its folder. Otherwise it is finished, stopped
+(its job ended with that code, or without a code its last report is in a checkpoint), or failed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mtunet_dist import arguments, records
 from mtunet_dist.errors import PREEMPTED, InputError, command
 from mtunet_dist.folder_lock import LOCK
 
-INSIDE = {"checkpoints", "tensorboard", "pictures", "slurm", "ray_tune"}  # of a run; no runs are in there
+INSIDE = {"checkpoints", "tensorboard", "pictures", "slurm", "ray_tune"}  # folders inside a run, without other runs
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING"}
 
 
@@ -41,7 +41,7 @@ class Status:
 
 
 def runs(root: Path) -> Iterator[Path]:
-    """The run folders under ``root``, by name: those that a training or a submission has begun."""
+    """The run folders under ``root``, sorted by name: all folders of a started or submitted training."""
     for folder, names, files in os.walk(root):
         path = Path(folder)
         if "environment.json" in files or any((path / "slurm").glob("*.json")):
@@ -50,7 +50,7 @@ def runs(root: Path) -> Iterator[Path]:
 
 
 def status_of(folder: Path, queue: Mapping[str, str], locked: set[int]) -> Status:
-    """How far a run is; ``queue`` has the states of Slurm's jobs, ``locked`` the inodes of files that are in use."""
+    """The progress of a run. ``queue`` has the states of Slurm's jobs, ``locked`` the inodes of locked files."""
     job = job_of(folder)
     config = _yaml(folder / "config.yaml")
     said = records.metrics(folder)
@@ -73,7 +73,7 @@ def status_of(folder: Path, queue: Mapping[str, str], locked: set[int]) -> Statu
 
 
 def job_of(folder: Path) -> str:
-    """The number of the Slurm job that ran last in the folder, or that is to run there; empty if there was none."""
+    """The number of the last Slurm job of the folder, running, ended or submitted. Empty if there was none."""
     submissions = sorted((folder / "slurm").glob("[0-9]*.json"), key=lambda p: (len(p.stem), p.stem))
     submitted = records.read_note(submissions[-1]) if submissions else {}
     ran = records.read_note(folder / "environment.json")
@@ -84,7 +84,8 @@ def job_of(folder: Path) -> str:
 
 
 def newest_figure(said: list[records.Record], config: Mapping[str, Any]) -> str:
-    """The metric that decides which model is the best, from the newest evaluation; before that, the loss."""
+    """The newest value of the metric that decides which model is the best. Before the first evaluation, the newest
+    loss."""
     section = config.get("checkpoint")
     best = section.get("best", "") if isinstance(section, dict) else ""
     for name, kind in ((best, "eval"), ("loss/total", "train")):
@@ -96,7 +97,7 @@ def newest_figure(said: list[records.Record], config: Mapping[str, Any]) -> str:
 
 
 def queued_jobs() -> dict[str, str]:
-    """The state of each job of this user that waits or runs; nothing where there is no Slurm."""
+    """The state of each waiting or running job of this user. Empty without Slurm."""
     try:
         done = subprocess.run(["squeue", "-h", "--me", "-o", "%A|%T"], capture_output=True, text=True, timeout=60)
     except (FileNotFoundError, subprocess.TimeoutExpired):
@@ -112,7 +113,7 @@ def locked_files() -> set[int]:
 
 
 def _yaml(file: Path) -> dict[str, Any]:
-    """The config of a run; empty if there is none that can be read."""
+    """The config of a run. Empty if it is missing or cannot be read."""
     try:
         found = yaml.safe_load(file.read_bytes())
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
@@ -126,7 +127,7 @@ def _exit_code(file: Path) -> int | None:
 
 
 def table(statuses: list[Status]) -> Table:
-    """For the terminal."""
+    """The table for the terminal."""
     drawn = Table()
     for heading in ("run", "state", "epoch", "newest", "job"):
         drawn.add_column(heading, overflow="fold")

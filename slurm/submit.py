@@ -1,7 +1,7 @@
 """Submit to Slurm: ``python slurm/submit.py train|sweep|reproduce CONFIG [key=value...] --nodes=2 --time=24:00:00``.
 
-Everything is checked before the queue does. The script that runs is one of this folder with the options in its head;
-it lies, with the whole config and the state of the code, in RUN_DIR/slurm, as do the logs. Options are the fields of
+Everything is checked before the job is submitted. The job's script is one of this folder with the options in its head.
+The script, the whole config, the state of the code and the logs are in RUN_DIR/slurm. Options are the fields of
 ``Options`` in job_script.py; ``--profile`` names a YAML file with those that are the same for all jobs on a cluster.
 """
 
@@ -39,36 +39,36 @@ TIME = re.compile(r"(\d+-)?\d+(:\d+){1,2}|\d+-\d+")
 
 @dataclass(frozen=True)
 class Work:
-    """What a verb makes of its words."""
+    """The parts of a job that a verb gets from its words."""
 
     folder: Path  # the run folder
-    config: str  # text of the file that the job reads, where it is to read the state of now
-    words: tuple[str, ...]  # behind that file
+    config: str  # text of the config file that the job reads, with its content of now
+    words: tuple[str, ...]  # further words after that file
     members: tuple[tuple[str, ...], ...] = ()
     template: str = "train.sbatch"
     variables: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def train_work(words: Sequence[str], options: Options) -> Work:
-    """A training, or an array of them. Raises InputError if any of them cannot be."""
+    """A training, or an array of trainings. Raises InputError if one of them is not valid."""
     config = load_config(words[0], words[1:])
     folder = Path(config.run_dir)
     members = array(options)
     named = [(*member, f"run_dir={folder / name}") for member, name in zip(members, folder_names(members), strict=True)]
     for member in named or [()]:
         check_training(load_config(words[0], [*words[1:], *member]), options)
-    # Where a member names a plugin, the file's options of that section no longer hold, but those of ``words`` do.
+    # If a member names a plugin, the file's options of that section are dropped, but those of ``words`` stay.
     return Work(folder, to_yaml(config), tuple(words[1:]) if named else (), tuple(named))
 
 
 def check_training(config: Config, options: Options) -> None:
-    """Refuse what would fail in the job."""
+    """Raise InputError for a config that would fail in the job."""
     if options.gpus and config.device == "cpu":
         raise InputError(f"device=cpu, but gpus={options.gpus}")
     if not options.gpus and config.device == "cuda":
         raise InputError("device=cuda needs --gpus=N")
     ranks = options.nodes * (options.gpus or options.processes)
-    if not options.container_image:  # where the data may lie elsewhere
+    if not options.container_image:  # in a container the data may have another path
         dataset = PreparedDataset(Path(config.data.root))
         split = dataset.split(config.data.train)
         dataset.split(config.data.eval)
@@ -78,7 +78,7 @@ def check_training(config: Config, options: Options) -> None:
 
 
 def array(options: Options) -> list[tuple[str, ...]]:
-    """The overrides of each member: seeds times grid. None for a job that is no array."""
+    """The overrides of each member: seeds times grid. None for a job without an array."""
     axes = [[f"seed={seed}" for seed in options.seeds]] if options.seeds else []
     for word in options.grid:
         key, equals, text = word.partition("=")
@@ -90,14 +90,14 @@ def array(options: Options) -> list[tuple[str, ...]]:
 
 
 def folder_names(members: Sequence[tuple[str, ...]]) -> list[str]:
-    """A name for each, from its overrides, without what a path could not bear."""
+    """A name for each member from its overrides, without characters that a path cannot have."""
     names = [re.sub(r"[^\w.=,+-]", "_", ",".join(member)) for member in members]
     return names if len(set(names)) == len(names) else [f"{i},{name}" for i, name in enumerate(names)]
 
 
 def sweep_work(words: Sequence[str], options: Options) -> Work:
     """A sweep. Raises InputError as tune/sweep.py does."""
-    sys.path.append(str(HOME / "tune"))  # a script beside others
+    sys.path.append(str(HOME / "tune"))  # a script in another folder
     from sweep_config import check_trials, find_config, load_sweep
 
     sweep = load_sweep(Path(words[0]), words[1:])
@@ -115,7 +115,7 @@ def sweep_work(words: Sequence[str], options: Options) -> Work:
 
 def reproduce_work(words: Sequence[str], options: Options) -> Work:
     """A table of a paper, by one process on one node. Raises InputError as mtunet_dist.reproduce does."""
-    from mtunet_dist import reproduce  # for its figures it imports matplotlib, which no other job waits for
+    from mtunet_dist import reproduce  # it imports matplotlib for its figures; other jobs need not wait for that
 
     if options.nodes > 1:
         raise InputError(f"nodes={options.nodes}: reproduce runs on one node")
@@ -138,7 +138,7 @@ VERBS: dict[str, Callable[[Sequence[str], Options], Work]] = {
 
 
 def parse(words: Sequence[str]) -> tuple[argparse.Namespace, Options, list[str]]:
-    """The command line: ours, the job's options, and the words of the verb."""
+    """The command line: our own options, the job's options, and the words of the verb."""
     kinds = get_type_hints(Options)
     parser = arguments.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
     parser.add_argument("verb", choices=VERBS)
@@ -169,7 +169,7 @@ def parse(words: Sequence[str]) -> tuple[argparse.Namespace, Options, list[str]]
 
 
 def options_of(args: argparse.Namespace, kinds: dict[str, Any]) -> Options:
-    """The profile's options under those of the command line. Raises InputError that names what is wrong."""
+    """The options of the profile, replaced by those of the command line. Raises InputError that names what is wrong."""
     overrides = []
     for name in kinds:
         value = getattr(args, name)
@@ -202,7 +202,7 @@ def options_of(args: argparse.Namespace, kinds: dict[str, Any]) -> Options:
 
 
 def write(work: Work, options: Options) -> tuple[Path, str]:
-    """Put script and config into the run folder; returns the script and its text."""
+    """Write script and config into the run folder. Returns the path and the text of the script."""
     folder = work.folder.resolve() / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
     number = next(n for n in itertools.count(1) if not (folder / f"{n}.sbatch").exists())
@@ -230,7 +230,8 @@ def write(work: Work, options: Options) -> tuple[Path, str]:
 
 
 def submit(script: Path, options: Options) -> list[str]:
-    """Hand the script to sbatch, ``chain`` times; the job ids. Raises MTUNetError with what sbatch says."""
+    """Submit the script with sbatch, ``chain`` times. Returns the job ids. Raises MTUNetError with the message of
+    sbatch."""
     jobs: list[str] = []
     try:
         for _ in range(options.chain):
@@ -248,7 +249,7 @@ def submit(script: Path, options: Options) -> list[str]:
 
 
 def _sbatch(words: Sequence[str]) -> str:
-    """The id of the job that sbatch makes."""
+    """Run sbatch and return the job id."""
     try:
         done = subprocess.run(["sbatch", "--parsable", *words], capture_output=True, text=True)
     except FileNotFoundError:
@@ -259,7 +260,7 @@ def _sbatch(words: Sequence[str]) -> str:
 
 
 def run_here(script: Path, members: int) -> int:
-    """Run the script on this machine; an array's members one after another, up to the first that fails."""
+    """Run the script on this machine. An array's members run one after another, until one fails."""
     for member in range(members or 1):
         environment = {**os.environ, **({"SLURM_ARRAY_TASK_ID": str(member)} if members else {})}
         code = subprocess.call(["bash", str(HOME / "slurm" / "local.sh"), str(script)], env=environment)

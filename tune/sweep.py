@@ -1,8 +1,8 @@
 """Search for good settings with Ray Tune: ``python tune/sweep.py SWEEP.yaml key=value...``.
 
-What a sweep file says is described in sweep_config.py. Each trial is an ordinary run in ``RUN_DIR/trials/ID``. The same
-command resumes a sweep that was stopped or killed: trials that have ended are kept, the others go on from their
-checkpoints. ``--report`` only writes the report of what is there, also while the sweep runs.
+sweep_config.py describes the sweep file. Each trial is an ordinary run in ``RUN_DIR/trials/ID``. The same command
+resumes a sweep that was stopped or killed: trials that have ended are kept, the others continue from their checkpoints.
+``--report`` only writes the report of the present results, also while the sweep runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sweep_folder import read_trials, try_again
 from sweep_ray import check_room, end_for_now, machine_named, run_trials
 from sweep_report import report
 
-# When a sweep resumes; config's content may not.
+# Keys that may change when a sweep resumes. ``config`` is a path, and the content of that file must not change.
 MAY_CHANGE = (
     *("name", "run_dir", "config", "trials", "hours"),
     *("workers_per_trial", "cpus_per_worker", "gpus_per_worker", "max_concurrent", "retries"),
@@ -38,9 +38,9 @@ MAY_CHANGE = (
 
 @contextmanager
 def opened(sweep: Sweep, config: Path) -> Iterator[Path]:
-    """Claim the folder of the sweep and note in it what the sweep is; yields the folder's copy of the base config.
+    """Lock the folder of the sweep and write its description there. Yields the folder's copy of the base config.
 
-    Raises InputError if another command works in it, or it holds another sweep.
+    Raises InputError if another command works in the folder, or if it holds another sweep.
     """
     base, file = sweep.dir / BASE, sweep.dir / SWEEP
     with lock_folder(sweep.dir, f"another sweep is running in {sweep.dir}", key="run_dir="):
@@ -55,7 +55,7 @@ def opened(sweep: Sweep, config: Path) -> Iterator[Path]:
 
 
 def check_same(sweep: Sweep, before: Sweep) -> None:
-    """Refuse to continue another sweep."""
+    """Raise InputError if the folder holds another sweep."""
     now, then = dataclasses.asdict(sweep), dataclasses.asdict(before)
     changed = [f"{key}={then[key]} (now {now[key]})" for key in now if now[key] != then[key] and key not in MAY_CHANGE]
     if changed:
@@ -78,7 +78,7 @@ def run(sweep: Sweep, config: Path, address: str | None = None, nodes: int | Non
         if again := try_again(sweep.dir):
             console.print(f"failed before, tried again: {', '.join(again)}", markup=False, highlight=False)
         in_time = True
-        for _ in range(1 + sweep.retries):  # a second time only if Tune has lost a trial
+        for _ in range(1 + sweep.retries):  # another round only if Tune has lost a trial
             if not in_time or not left(sweep):
                 break
             try:
@@ -98,7 +98,7 @@ def run(sweep: Sweep, config: Path, address: str | None = None, nodes: int | Non
 
 
 def left(sweep: Sweep) -> int:
-    """How many trials have not ended."""
+    """The number of trials that have not ended."""
     return sweep.count - sum(trial.status != "unfinished" for trial in read_trials(sweep.dir))
 
 

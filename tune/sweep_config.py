@@ -1,4 +1,4 @@
-"""What a sweep file may say, and the check of all of it before anything starts."""
+"""The content of a sweep file, and the check of all of it before anything starts."""
 
 from __future__ import annotations
 
@@ -22,28 +22,29 @@ from mtunet_dist.typed_yaml import load_as
 from sweep_objective import Objective
 from sweep_space import Dimension, Parameters, corners, dimensions_of, grid, words
 
-BASE = "base.yaml"  # in the folder of a sweep: the config that all trials start from
-# What population-based training may change in a training that goes on from a checkpoint: not what gives the network,
-# the optimiser's state or the order of the samples another shape.
+BASE = "base.yaml"  # in the folder of a sweep: the config from which all trials start
+# Keys that population-based training may change in a training that continues from a checkpoint. It must not change keys
+# that give the network, the optimiser's state or the order of the samples another shape.
 CHANGEABLE = ("optim.", "weighting.", "data.augment.")
 NOT_CHANGEABLE = ("optim.name", "optim.accumulate", "weighting.name", "weighting.optimizer", "weighting.window")
 
 
 @dataclass(frozen=True)
 class Asha:
-    """scheduler=asha: a trial goes on while it is among the best third, say, of those that got as far."""
+    """scheduler=asha: a trial continues while it is among the best (the best third, say) of the trials that got
+    as far."""
 
-    grace_epochs: int = 1  # no trial stops before
-    reduction: int = 3  # one in so many goes on, at grace_epochs, grace_epochs * reduction, ...
+    grace_epochs: int = 1  # no trial stops before this epoch
+    reduction: int = 3  # one of so many trials continues, at grace_epochs, grace_epochs * reduction, ...
 
 
 @dataclass(frozen=True)
 class Pbt:
-    """scheduler=pbt: population-based training. All trials run to the end; the worst go on from the best's weights."""
+    """scheduler=pbt: population-based training. All trials run to the end. The worst copy the weights of the best."""
 
-    interval_epochs: int = 1  # between comparisons
-    quantile: float = 0.25  # the share of trials that are replaced each time, and of those that they copy
-    resample: float = 0.25  # how often a new value is drawn anew; otherwise it is the copied one times 1.2 or 0.8
+    interval_epochs: int = 1  # epochs between comparisons
+    quantile: float = 0.25  # the share of trials that copy at each comparison, and of those that are copied
+    resample: float = 0.25  # how often a new value is drawn at random; otherwise it is the copied one times 1.2 or 0.8
 
 
 @dataclass(frozen=True)
@@ -52,26 +53,26 @@ class Sweep:
 
     name: str  # the title of the report
     run_dir: str  # the folder of the sweep; the same command resumes what it holds
-    config: str  # the config that all trials start from; relative to the sweep file or to the working folder
+    config: str  # the config from which all trials start; relative to the sweep file or to the working folder
     space: dict[str, Any]  # config key -> one of choice, uniform, loguniform, ...: see Dimension in sweep_space.py
     objective: Objective = field(default_factory=Objective)
     overrides: tuple[str, ...] = ()  # key=value for all trials
 
-    searcher: Literal["random", "grid", "optuna"] = "random"  # optuna: TPE, which learns from the trials before
+    searcher: Literal["random", "grid", "optuna"] = "random"  # optuna: TPE, which learns from earlier trials
     scheduler: Literal["none", "asha", "pbt"] = "none"
     asha: Asha = field(default_factory=Asha)
     pbt: Pbt = field(default_factory=Pbt)
-    seed: int = 0  # of the search; the seed of the trainings is the config's
+    seed: int = 0  # of the search; the trainings take their seed from the config
 
-    trials: int = 0  # how many; with grid there are as many as combinations, and this stays 0
+    trials: int = 0  # how many; with grid it must stay 0: there are as many as combinations
     epochs: int = 0  # of each trial; 0 = as the config says
-    hours: float = 0.0  # the sweep stops then, to be resumed by the same command; 0 = no limit
+    hours: float = 0.0  # the sweep stops after this time, and the same command resumes it; 0 = no limit
 
     workers_per_trial: int = 1  # processes of one training, on one or several nodes
     cpus_per_worker: int = 1  # also the number of threads
     gpus_per_worker: float = 0.0  # 0.5 = two trials share one; 0 = train on the CPU, whatever the config's device
-    max_concurrent: int = 0  # trials at a time; 0 = as many as there is room for
-    retries: int = 2  # of a trial that runs out of memory or whose process is killed
+    max_concurrent: int = 0  # trials at the same time; 0 = as many as there is room for
+    retries: int = 2  # restarts of a trial that runs out of memory or whose process is killed
 
     @property
     def dir(self) -> Path:
@@ -80,26 +81,26 @@ class Sweep:
 
     @cached_property
     def dimensions(self) -> dict[str, Dimension]:
-        """The space by dotted key, each after those that it depends on."""
+        """The space by dotted key. Each key comes after those that it depends on."""
         return dimensions_of(self.space)
 
     @property
     def count(self) -> int:
-        """How many trials the sweep has."""
+        """The number of trials of the sweep."""
         return len(grid(self.dimensions)) if self.searcher == "grid" else self.trials
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
-    """The sweep in a YAML file with ``key=value`` overrides. Raises InputError that names what is wrong with it.
+    """The sweep from a YAML file with ``key=value`` overrides. Raises InputError that names what is wrong with it.
 
-    The sweep.yaml of a sweep's folder means the folder that it lies in, wherever that was when it was written; a
-    ``run_dir`` among the overrides wins.
+    The sweep.yaml of a sweep's folder means the folder where it now lies, even if the folder was moved. A ``run_dir``
+    among the overrides has priority.
     """
     sweep = load_as(Sweep, path, overrides)
     folder = own_folder(path, SWEEP, SWEEP_SIGNS)
     named = any(word.startswith("run_dir=") for word in overrides)
     if folder is not None and not named and sweep.dir.resolve() != folder.resolve():
-        whole = folder == Path() or str(folder).startswith("~")  # which would be the home folder
+        whole = folder == Path() or str(folder).startswith("~")  # a leading ~ would be read as the home folder
         sweep = dataclasses.replace(sweep, run_dir=str(folder.resolve() if whole else folder))
     least = {"seed": 0, "trials": 0, "epochs": 0, "hours": 0, "workers_per_trial": 1, "cpus_per_worker": 1}
     least |= {"gpus_per_worker": 0, "max_concurrent": 0, "retries": 0}
@@ -131,7 +132,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
 
 
 def _check_parts(sweep: Sweep) -> None:
-    """What searcher, scheduler, space and objective ask of each other."""
+    """Check that searcher, scheduler, space and objective fit together."""
     if sweep.workers_per_trial > 1 and sweep.gpus_per_worker not in (0, 1):
         raise InputError(f"gpus_per_worker={sweep.gpus_per_worker} must be 0 or 1 with several workers_per_trial")
     if sweep.searcher == "grid" and sweep.trials:
@@ -159,7 +160,8 @@ def _check_parts(sweep: Sweep) -> None:
 
 
 def find_config(sweep: Sweep, sweep_file: Path) -> Path:
-    """The file that ``sweep.config`` means, in a sweep's folder its copy. Raises InputError if there is none."""
+    """The file that ``sweep.config`` means; in a sweep's folder it is the copy there. Raises InputError if there is
+    none."""
     own = own_folder(sweep_file, SWEEP, SWEEP_SIGNS)
     if own is not None and load_as(Sweep, sweep_file).config == sweep.config:
         return own / BASE
@@ -192,9 +194,10 @@ def metrics_of(config: Config) -> list[str]:
 
 
 def check_trials(sweep: Sweep, base: Path) -> list[Config]:
-    """The configs with every listed value and range end of ``space``.
+    """The configs in which every listed value and range end of ``space`` occurs.
 
-    Raises InputError when one is refused, or does not fit the data, the objective, the scheduler or the workers.
+    Raises InputError if one of them is not valid, or does not fit the data, the objective, the scheduler or the
+    workers.
     """
     configs = []
     for parameters in corners(sweep.dimensions):
@@ -212,7 +215,7 @@ def check_trials(sweep: Sweep, base: Path) -> list[Config]:
 
 
 def _check_trial(sweep: Sweep, config: Config) -> None:
-    """What scheduler and workers ask of a trial's config."""
+    """Check what scheduler and workers require of a trial's config."""
     parts = sweep.workers_per_trial * config.optim.accumulate
     if config.batch_size % parts:
         raise InputError(

@@ -1,12 +1,12 @@
-"""The folder of a sweep, which is all its state: what it searches, and for each trial what it tries and how it goes.
+"""The folder of a sweep. It is the whole state of the sweep: its search, and the parameters and progress of each trial.
 
-``trials/00003`` is an ordinary run folder with three files more:
+``trials/00003`` is an ordinary run folder with three more files:
 
 - ``trial.json``: its parameters, written before it starts;
-- ``history.jsonl``: with population-based training, one line each time it took over another trial's weights;
-- ``outcome.json``: how it ended; absent while it runs or waits to go on.
+- ``history.jsonl``: with population-based training, one line each time it copied another trial's weights;
+- ``outcome.json``: how it ended; absent while it runs or waits to continue.
 
-Nothing in the folder says where it lies.
+No file in the folder holds the folder's own path.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from mtunet_dist.errors import InputError
 from mtunet_dist.files import read_json, write_json
 from mtunet_dist.folder_lock import lock_folder
 
-PATIENCE_S = 120.0  # for another process to write a checkpoint, or to leave this one
-# For another process to leave a run folder. Ray ends those on a node that is cut off after about three minutes, while
-# it starts their trials elsewhere after one.
+PATIENCE_S = 120.0  # time for another process to write a checkpoint, or to leave this one
+# Time for another process to leave a run folder. After about three minutes Ray ends the processes on a node that is cut
+# off, but after one minute it already starts their trials elsewhere.
 ORPHAN_S = 360.0
 
 Status = Literal["finished", "stopped", "failed", "unfinished"]
-# Of a failed trial: a loss that is not finite, which would come again; something to be mended that an InputError names;
-# or anything else, as a full disk or a killed process, which says nothing of what the trial tries.
+# The kind of a failed trial: a loss that is not finite and would be so again; an InputError, which the user must fix;
+# or another error, such as a full disk or a killed process, which does not depend on the trial's parameters.
 Failure = Literal["", "loss", "input", "lost"]
 MENDABLE = ("input", "lost")
 
@@ -45,7 +45,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Exploit:
-    """At ``epoch`` the trial went on from the weights of the trial ``source``, with new ``parameters``."""
+    """At ``epoch`` the trial continued from the weights of the trial ``source``, with new ``parameters``."""
 
     epoch: int
     source: str
@@ -54,10 +54,10 @@ class Exploit:
 
 @dataclass(frozen=True)
 class Trial:
-    """What its folder says of a trial. ``stopped`` means by the scheduler, because others were better."""
+    """The state of a trial in its folder. ``stopped`` means by the scheduler, because other trials were better."""
 
     id: str  # 00003
-    parameters: dict[str, Any]  # of the active dimensions; after an exploit the newest
+    parameters: dict[str, Any]  # of the active dimensions; after an exploit the newest ones
     status: Status
     evaluations: tuple[Evaluation, ...] = ()
     error: str = ""
@@ -71,12 +71,12 @@ class Trial:
 
 
 def trial_folder(sweep: Path, number: int) -> Path:
-    """Where trial ``number`` of the sweep in the folder ``sweep`` lives."""
+    """The folder of trial ``number`` of the sweep in the folder ``sweep``."""
     return sweep / "trials" / f"{number:05d}"
 
 
 def wait_for_folder(folder: Path) -> None:
-    """Return when no process trains in the run folder: the one that Tune ended before may still be ending."""
+    """Wait until no process trains in the run folder: the process that Tune ended may still be shutting down."""
     deadline, busy = time.monotonic() + ORPHAN_S, f"another training is writing to {folder}"
     while True:
         try:
@@ -95,7 +95,7 @@ def read_trials(sweep: Path) -> list[Trial]:
 
 
 def read_trial(folder: Path) -> Trial:
-    """The trial in its run folder."""
+    """The trial in the run folder ``folder``."""
     history = tuple(
         Exploit(record["epoch"], record["from"], record["parameters"])
         for record in records.read(folder / "history.jsonl", {"epoch": int, "from": str, "parameters": dict})
@@ -114,7 +114,7 @@ def read_trial(folder: Path) -> Trial:
 
 
 def evaluations(folder: Path) -> Iterator[Evaluation]:
-    """What the run folder's metrics.jsonl says of evaluations after whole epochs, the newest of each."""
+    """The evaluations after whole epochs from the run folder's metrics.jsonl, the newest of each epoch."""
     newest: dict[int, Evaluation] = {}
     for record in records.metrics(folder, "eval"):
         epoch = round(record["epoch"])
@@ -134,7 +134,7 @@ def write_parameters(folder: Path, parameters: dict[str, Any]) -> None:
 
 
 def write_exploit(folder: Path, exploit: Exploit) -> None:
-    """Note that the trial went on from another's weights."""
+    """Note that the trial continued from another trial's weights."""
     line = {"epoch": exploit.epoch, "from": exploit.source, "parameters": exploit.parameters}
     records.append(folder / "history.jsonl", line)
 
@@ -142,13 +142,13 @@ def write_exploit(folder: Path, exploit: Exploit) -> None:
 def write_outcome(
     folder: Path, status: Status, error: str = "", failure: Failure = "", seconds: float | None = None
 ) -> None:
-    """Note how the trial ended, and, where it is known, how long its training took since it last started."""
+    """Note how the trial ended and, if known, how long its training took since its last start."""
     outcome = {"status": status, "error": error, "failure": failure, "seconds": seconds}
     write_json(folder / "outcome.json", outcome)
 
 
 def try_again(sweep: Path) -> list[str]:
-    """Open those failed trials that may do better now; returns their ids."""
+    """Reopen the failed trials that may succeed now. Returns their ids."""
     again = [trial.id for trial in read_trials(sweep) if trial.failure in MENDABLE]
     for id in again:
         (sweep / "trials" / id / "outcome.json").unlink()

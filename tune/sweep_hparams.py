@@ -1,8 +1,8 @@
 """The trials in TensorBoard's HParams tab: ``tensorboard --logdir SWEEP_DIR/trials``.
 
-A trial's settings and end stand in event files of their own beside those of its training, which has its own writer.
-Their names never change, so that a trial that is resumed replaces them; and they sort before and after the training's,
-because TensorBoard reads a folder's files in the order of their names and goes back to none.
+The settings and the end of a trial are in event files of their own beside those of its training, which has its own
+writer. The names of these files never change, so that a resumed trial replaces them. They sort before and after the
+training's files, because TensorBoard reads a folder's files in the order of their names and never goes back.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from sweep_ranking import text
 from sweep_space import Dimension
 
 START, END = "events.out.tfevents.0000000000.hparams", "events.out.tfevents.9999999999.hparams"
-SHOWN = ("miou", "accuracy", "depth_abs", "depth_rel")  # beside the goals
+SHOWN = ("miou", "accuracy", "depth_abs", "depth_rel")  # shown beside the goals
 BOOL, FLOAT, STRING = api_pb2.DATA_TYPE_BOOL, api_pb2.DATA_TYPE_FLOAT64, api_pb2.DATA_TYPE_STRING
 STATUS = {"finished": api_pb2.STATUS_SUCCESS, "stopped": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE}
 
 
 def write_hparams(trial: Trial, sweep: Sweep) -> None:
-    """Say in the trial's tensorboard folder what it tries and, unless it is unfinished, how it ended.
+    """Write to the trial's tensorboard folder what it tries and, if it has finished, how it ended.
 
-    To be called before the trial starts or goes on, and when it has ended; any number of times. A goal that no training
-    writes (delta_m) is there once the trial has ended, by epoch instead of by step.
+    Call it before the trial starts or continues, and when it has ended; any number of calls is fine. A goal that no
+    training writes (delta_m) appears when the trial has ended, by epoch instead of by step.
     """
     folder = sweep.dir / "trials" / trial.id / "tensorboard"
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def write_hparams(trial: Trial, sweep: Sweep) -> None:
         ],
     )
     if trial.status == "unfinished":
-        (folder / END).unlink(missing_ok=True)  # it ended before and is tried again
+        (folder / END).unlink(missing_ok=True)  # an earlier try had ended
         return
     end = SessionEndInfo(status=STATUS[trial.status], end_time_secs=time.time())
     events = [_about(metadata.SESSION_END_INFO_TAG, HParamsPluginData(session_end_info=end))]
@@ -63,7 +63,7 @@ def write_hparams(trial: Trial, sweep: Sweep) -> None:
 
 
 def _experiment(sweep: Sweep) -> api_pb2.Experiment:
-    """The columns of the tab; the same for each trial, as TensorBoard takes any one's."""
+    """The columns of the tab. They are the same for each trial, because TensorBoard takes those of any trial."""
     goals = [goal.name for goal in sweep.objective.goals]
     return api_pb2.Experiment(
         name=sweep.name,
@@ -86,7 +86,7 @@ def _column(key: str, dimension: Dimension) -> api_pb2.HParamInfo:
 
 
 def _type(dimension: Dimension) -> Any:
-    """What all values of ``dimension`` can be shown as."""
+    """A type that can show all values of ``dimension``."""
     values = dimension.values
     if all(isinstance(value, bool) for value in values):
         return BOOL
@@ -96,7 +96,7 @@ def _type(dimension: Dimension) -> Any:
 
 
 def _own_goals(trial: Trial, sweep: Sweep) -> list[Event]:
-    """The goals that are no metric of an evaluation, which TensorBoard would otherwise not know."""
+    """The goals that are not metrics of an evaluation. TensorBoard would not know them otherwise."""
     events = []
     for evaluation in trial.evaluations:
         values = zip(sweep.objective.goals, sweep.objective.values(evaluation.metrics), strict=True)
@@ -111,7 +111,7 @@ def _own_goals(trial: Trial, sweep: Sweep) -> list[Event]:
 
 
 def _start_time(folder: Path) -> float:
-    """When the trial was first started: its parameters are written right before."""
+    """The time when the trial first started: its parameters are written right before."""
     file = folder.parent / "trial.json"
     return file.stat().st_mtime if file.is_file() else time.time()
 
@@ -122,8 +122,8 @@ def _about(tag: str, content: HParamsPluginData) -> Event:
 
 
 def _write(path: Path, events: list[Event]) -> None:
-    """Replace ``path`` at once: TensorBoard may be reading."""
-    temporary = path.with_name(f"hparams.{os.getpid()}.tmp")  # a name that TensorBoard passes over
+    """Replace ``path`` in one step, because TensorBoard may be reading it."""
+    temporary = path.with_name(f"hparams.{os.getpid()}.tmp")  # TensorBoard ignores this name
     with temporary.open("wb") as file:
         writer = RecordWriter(file)
         for event in [Event(wall_time=time.time(), file_version="brain.Event:2"), *events]:

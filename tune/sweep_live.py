@@ -1,4 +1,4 @@
-"""What a person sees of a sweep while it runs, and the notes that the driver makes in the trials' folders."""
+"""The output of a running sweep, and the notes that the driver writes into the folders of the trials."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from sweep_folder import Trial, read_trial, read_trials, write_outcome
 from sweep_hparams import write_hparams
 from sweep_ranking import text
 
-BEST_SHOWN = 5  # of the trials that have ended; those that run are all shown
+BEST_SHOWN = 5  # of the trials that have ended; all running trials are shown
 
 
 @dataclass
 class Row:
-    """What is known of a trial."""
+    """The known state of a trial."""
 
     parameters: dict[str, Any]
-    status: str  # as in its folder, or running, or waiting
+    status: str  # as in the folder of the trial, or running, or waiting
     epoch: int | None = None
     values: tuple[float, ...] = ()
 
@@ -46,18 +46,18 @@ class WallTime(tune.Stopper):  # type: ignore[misc]
         return time.time() >= self.deadline
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """No trial stops by itself."""
+        """Always False: no trial stops by itself."""
         return False
 
     def stop_all(self) -> bool:
-        """Asked by Tune again and again."""
+        """Tune calls it again and again."""
         return self.over
 
 
 class Progress(tune.Callback):  # type: ignore[misc]
-    """In a terminal a table that changes; else a line for each evaluation and each end of a trial.
+    """Shows a table that changes, or without a terminal a line for each evaluation and each end of a trial.
 
-    While entered. Tune pickles it along with much else, and never reads it back.
+    It works while entered. Tune pickles it together with other objects, but never loads it.
     """
 
     def __init__(self, sweep: Sweep, clock: WallTime, console: Console) -> None:
@@ -80,7 +80,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
             self.live.stop()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """It runs, for the first time or again."""
+        """The trial starts, for the first time or again."""
         folder = read_trial(self._folder(trial))
         row = self.rows[folder.id] = self._row(folder)
         row.status = "running"
@@ -88,7 +88,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
         self._show()
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        """An evaluation."""
+        """The trial has an evaluation."""
         row = self.rows[trial.config["trial"]]
         row.epoch, row.values = result["epoch"], self.sweep.objective.values(result)
         self._show()
@@ -96,18 +96,19 @@ class Progress(tune.Callback):  # type: ignore[misc]
         self._say(trial, f"epoch {row.epoch}  {figures}")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """A lost process, which Tune starts again."""
+        """The trial has lost a process. Tune starts it again."""
         self._say(trial, f"starts again after {reason(trial)}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """Finished or failed, as its process has noted; else stopped by the scheduler, or because the time is up."""
+        """The trial has ended. Its process has noted whether it finished or failed; otherwise the scheduler or the time
+        limit stopped it."""
         folder = self._folder(trial)
         if read_trial(folder).status == "unfinished" and not self.clock.over:
             write_outcome(folder, "stopped")
         self._ended(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """Lost as often as ``retries`` allows; the next command tries it again."""
+        """The trial has been lost as often as ``retries`` allows. The next command tries it again."""
         write_outcome(self._folder(trial), "failed", reason(trial), "lost")
         self._ended(trial)
 
@@ -136,7 +137,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
             self.live.update(self._table(), refresh=True)
 
     def _table(self) -> Group:
-        """Those that run, and the best of those that have ended."""
+        """The rows of the running trials and of the best ended ones."""
         table = Table(title=Text(self.sweep.name))
         for heading in ("trial", "status", "epoch", *(goal.name for goal in self.goals)):
             table.add_column(heading, justify="left" if heading in ("trial", "status") else "right")
@@ -158,9 +159,9 @@ class Progress(tune.Callback):  # type: ignore[misc]
 
 
 def reason(trial: Any) -> str:
-    """One line: what a Tune trial raised last, or how its process died."""
-    file = trial.pickled_error_file  # Tune's own way looks where it has not yet been copied to
-    if file is None or not Path(file).is_file():  # a process that is lost before it begins leaves none
+    """One line: the last error that a Tune trial raised, or how its process died."""
+    file = trial.pickled_error_file  # Tune's own accessor looks in a place to which the file is not yet copied
+    if file is None or not Path(file).is_file():  # a process that is lost before it starts leaves none
         return "no error that Tune has kept"
     error = pickle.loads(Path(file).read_bytes())
     cause = getattr(error, "cause", None) or error

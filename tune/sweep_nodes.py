@@ -1,4 +1,4 @@
-"""The nodes of a Ray that runs already: which have joined, and the waiting for those that have not."""
+"""The nodes of a running Ray: which of them have joined, and the wait for the others."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 
 import ray
 
-JOIN_S = 300.0  # as long as slurm/sweep.sbatch lets Ray take to start on a node
+JOIN_S = 300.0  # slurm/sweep.sbatch gives Ray the same time to start on a node
 
 
 def wait_for_nodes(address: str, expected: int | None) -> None:
-    """Return when ``expected`` nodes have joined the Ray at ``address``, and say which; at once where none is expected.
+    """Wait until ``expected`` nodes have joined the Ray at ``address``, and print their names. None means no wait.
 
-    Ends the command, with exit code 1, if fewer have joined in ``JOIN_S``: the sweep would go on without them for days.
+    If fewer have joined after ``JOIN_S``, ends the command with exit code 1. Otherwise the sweep would run for days
+    without the missing nodes.
     """
     deadline = time.monotonic() + JOIN_S
     while len(present := joined()) < (expected or 1):
@@ -28,12 +29,12 @@ def wait_for_nodes(address: str, expected: int | None) -> None:
 
 
 def joined() -> list[dict[str, Any]]:
-    """The nodes that are alive, by name."""
+    """The names of the nodes that are alive."""
     return sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeManagerHostname"]))
 
 
 def described(nodes: list[dict[str, Any]]) -> str:
-    """Name, address, and what a node offers."""
+    """Name, address and resources of a node."""
     return ", ".join(
         f"{node['NodeManagerHostname']} {node['NodeManagerAddress']} "
         f"({node['Resources'].get('CPU', 0):g} CPUs, {node['Resources'].get('GPU', 0):g} GPUs)"

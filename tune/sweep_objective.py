@@ -1,4 +1,4 @@
-"""What a sweep looks for: one metric, several in one figure, or several side by side."""
+"""The objective of a sweep: one metric, several metrics in one figure, or several goals at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mtunet_dist.metrics import DELTA, delta_m, higher_is_better
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure by which trials are compared."""
+    """A figure that compares trials."""
 
     name: str
     mode: Literal["max", "min"]
@@ -23,18 +23,19 @@ class Goal:
 class Objective:
     """The section ``objective`` of a sweep file.
 
-    The direction of a metric is its own: shares (miou, accuracy, delta1) are to be high, errors low.
+    The direction follows from the metric: shares (miou, accuracy, delta1) shall be high, errors low.
     """
 
     metrics: tuple[str, ...] = ("miou",)  # of the evaluation, as in metrics.jsonl
-    # How several become comparable. delta_m: mean relative gain over ``reference`` in percent, over tasks and a task's
-    # metrics; pareto: not at all, and the sweep ends with those trials that no other beats in every metric.
+    # How to compare several metrics. delta_m: mean relative gain over ``reference`` in percent, over tasks and the
+    # metrics of a task. pareto: no common figure; the sweep ends with the trials that no other trial beats in every
+    # metric.
     combine: Literal["delta_m", "pareto"] = "delta_m"
-    reference: dict[str, float] = field(default_factory=dict)  # of delta_m: metric -> what a single-task network has
+    reference: dict[str, float] = field(default_factory=dict)  # for delta_m: metric -> value of a single-task network
 
     @property
     def goals(self) -> list[Goal]:
-        """One, or with ``pareto`` one per metric."""
+        """One goal, or with ``pareto`` one per metric."""
         if len(self.metrics) > 1 and self.combine == "delta_m":
             return [Goal(DELTA, "max")]
         return [Goal(name, "max" if higher_is_better(name) else "min") for name in self.metrics]
@@ -47,7 +48,7 @@ class Objective:
         return tuple(metrics.get(goal.name, math.nan) for goal in goals)
 
     def check(self, known: list[str]) -> None:
-        """Raise InputError unless evaluations that give the metrics ``known`` can be judged."""
+        """Raise InputError if evaluations with the metrics ``known`` do not give the objective."""
         if not self.metrics:
             raise InputError(f"objective.metrics lists no metric. Available: {', '.join(known)}")
         for name in self.metrics:

@@ -1,4 +1,4 @@
-"""The Ray that a sweep runs in, and the run of a Tuner in it."""
+"""The Ray in which a sweep runs, and the run of a Tuner in it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from mtunet_dist.errors import InputError
 from mtunet_dist.machine import cpus
 from sweep_config import Sweep
 
-# Read when ray is imported.
+# ray reads these variables when it is imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one is never silent
-os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends here like a kill; Tune's own way looks like success
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output cannot be switched off
+os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C shall end like a kill; Tune's handler makes it a success
 os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that fails has no metric
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # runs write their own TensorBoard events
 
@@ -40,19 +40,19 @@ from sweep_search import OBJECTIVE, search
 from sweep_trial import OFFERED, make_trainable
 from sweep_workers import resources
 
-STATE = "ray_tune"  # in the folder of the sweep, while it runs: what Tune writes
-OBJECT_STORE_BYTES = 100_000_000  # nothing of size passes through it
-PATIENCE_S = 120.0  # for the nodes of a cluster to join
+STATE = "ray_tune"  # in the folder of a running sweep: the files that Tune writes
+OBJECT_STORE_BYTES = 100_000_000  # no large objects pass through it
+PATIENCE_S = 120.0  # time for the nodes of a cluster to join
 
 
 def run_trials(sweep: Sweep, base: Path, epochs: int, address: str | None, nodes: int | None, console: Console) -> bool:
-    """Run what is left of the sweep, with trials of at most ``epochs``; False if its time was over before.
+    """Run the rest of the sweep, with trials of at most ``epochs``. Returns False if its time ended first.
 
-    In a Ray of its own, or in the one at ``address``, which ``nodes`` nodes are to join. Raises InputError if that has
-    no room for a trial; ends the command if it cannot be joined, or a node does not join it.
+    It runs in its own Ray, or in the Ray at ``address``, which must have ``nodes`` nodes. Raises InputError if that Ray
+    has no room for a trial. Ends the command if it cannot be joined, or if a node does not join it.
     """
     state = sweep.dir.resolve() / STATE
-    shutil.rmtree(state, ignore_errors=True)  # of a command that was killed
+    shutil.rmtree(state, ignore_errors=True)  # left by a command that was killed
     clock = WallTime(sweep.hours)
     with joined_ray(address, nodes, sweep) if address else local_ray(), Progress(sweep, clock, console) as progress:
         space, search_arguments = search(sweep)
@@ -63,11 +63,11 @@ def run_trials(sweep: Sweep, base: Path, epochs: int, address: str | None, nodes
             tune.with_resources(make_trainable(sweep, base), asked),
             param_space=space,
             tune_config=tune.TuneConfig(
-                # They are the scheduler's, where it has its own.
+                # Some schedulers set both themselves.
                 metric=None if sweep.scheduler in ("asha", "pbt") else OBJECTIVE,
                 mode=None if sweep.scheduler in ("asha", "pbt") else sweep.objective.goals[0].mode,
                 scheduler=scheduler_of(sweep, epochs),
-                reuse_actors=True,  # a process of its own would import torch for each trial
+                reuse_actors=True,  # otherwise each trial would start a process and import torch
                 trial_dirname_creator=lambda trial: trial.config["trial"],
                 **search_arguments,
             ),
@@ -99,19 +99,20 @@ def check_room(sweep: Sweep, cpus: float, gpus: float, where: str) -> None:
 
 
 def room(sweep: Sweep, node: Mapping[str, float]) -> int:
-    """For how many workers a node with these resources has room."""
+    """The number of workers for which a node with these resources has room."""
     asked = {"CPU": sweep.cpus_per_worker, "GPU": sweep.gpus_per_worker}
     return min(int(node.get(name, 0) / each + 1e-6) for name, each in asked.items() if each)
 
 
 @contextmanager
 def local_ray() -> Iterator[None]:
-    """A Ray of this command's own; nothing of it stays."""
-    # What Ray kills for want of memory ends Tune; what the kernel kills, Ray's workers first, is tried again.
+    """A Ray that belongs to this command. Nothing of it remains afterwards."""
+    # Without Ray's memory monitor, the kernel ends processes when memory is short, Ray's workers first, and Tune tries
+    # these again. If the monitor ends a process, Tune ends too.
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     startup.set_threads(os.environ)
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray leaves one in the home folder
-    # Ray's sockets lie below, and their paths must be short.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # otherwise Ray leaves a token in the home folder
+    # Ray's sockets are in this folder, and their paths must be short.
     with tempfile.TemporaryDirectory(prefix="ray_", ignore_cleanup_errors=True) as folder:
         ray.init(
             address="local",
@@ -129,10 +130,10 @@ def local_ray() -> Iterator[None]:
 
 @contextmanager
 def joined_ray(address: str, nodes: int | None, sweep: Sweep) -> Iterator[None]:
-    """The Ray that runs at ``address``, started by others; RAY_AUTH_MODE and RAY_AUTH_TOKEN say what it asks for."""
+    """A Ray that others have started at ``address``. RAY_AUTH_MODE and RAY_AUTH_TOKEN must match it."""
     host, _, port = address.rpartition(":")
     try:
-        if host and port.isdecimal():  # Ray would ask for minutes
+        if host and port.isdecimal():  # Ray itself would try for minutes
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
     except (OSError, ValueError, OverflowError, ray.exceptions.AuthenticationError) as error:
@@ -162,12 +163,13 @@ def joined_ray(address: str, nodes: int | None, sweep: Sweep) -> Iterator[None]:
 
 @contextmanager
 def machine_named(sweep: Sweep) -> Iterator[None]:
-    """One line, not a traceback, for what the machine refuses this command itself, as on a full disk."""
+    """Print one line instead of a traceback if the machine refuses something to this command, such as on a full
+    disk."""
     try:
         yield
     except (OSError, tune.TuneError) as error:
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):  # Tune raises its own from within
+        while cause is not None and not isinstance(cause, OSError):  # Tune wraps the original error
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise
@@ -176,13 +178,13 @@ def machine_named(sweep: Sweep) -> Iterator[None]:
 
 
 def end_for_now(reason: str) -> NoReturn:
-    """End with one line. Exit code 1, not 2: a job whose Ray has just died is queued again, one of bad input is not."""
+    """End with one line and exit code 1. Slurm queues a job whose Ray has died again; exit code 2 means wrong input."""
     sys.exit(f"error: {reason}")
 
 
 @contextmanager
 def _until_shutdown() -> Iterator[None]:
-    logging.getLogger("ray").setLevel(logging.CRITICAL)  # Tune would print each failed trial's traceback
+    logging.getLogger("ray").setLevel(logging.CRITICAL)  # Tune would print the traceback of each failed trial
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What a sweep leaves behind: a table, results.csv, report.md with its pictures, and the best trial's config."""
+"""The results of a sweep: a table, results.csv, report.md with its pictures, and the best trial's config."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ STATUSES = {"finished": "finished", "stopped": "stopped early", "failed": "faile
 
 
 def report(trials: Sequence[Trial], sweep: Sweep, base: Path, console: Console) -> None:
-    """Write results.csv, report.md, its pictures and best.yaml, and print the best; at any time of a sweep.
+    """Write results.csv, report.md, its pictures and best.yaml, and print the best. It works at any time of a sweep.
 
-    While trials are unfinished and none has ended with a value there is no best.yaml yet, which is said. Raises
-    MTUNetError if all have ended so.
+    If trials are unfinished and none has ended with a value, there is no best.yaml yet, and a message says so. Raises
+    MTUNetError if all trials have ended without a value.
     """
     ranking = rank(trials, sweep)
     write_csv(sweep.dir / "results.csv", ranking.trials, sweep)
@@ -59,7 +59,7 @@ def report(trials: Sequence[Trial], sweep: Sweep, base: Path, console: Console) 
 
 
 def counts(trials: Sequence[Trial]) -> str:
-    """How many trials there are of each status."""
+    """The number of trials for each status."""
     of = Counter[str](trial.status for trial in trials)
     return ", ".join(f"{of[status]} {words}" for status, words in STATUSES.items() if of[status]) or "none yet"
 
@@ -74,7 +74,7 @@ def best_line(best: Trial | None, sweep: Sweep) -> str:
 
 
 def table(ranking: Ranking, sweep: Sweep) -> Table:
-    """The best trials, for a terminal: settings side by side, as a column for each would leave none any room."""
+    """The best trials, for a terminal. Settings share one column, because a column for each would be too narrow."""
     goals = [goal.name for goal in sweep.objective.goals]
     drawn = Table(title=Text(sweep.name))
     for heading in ("trial", "status", "epoch", *goals, "settings"):
@@ -88,7 +88,8 @@ def table(ranking: Ranking, sweep: Sweep) -> Table:
 
 
 def write_csv(path: Path, trials: Sequence[Trial], sweep: Sweep) -> None:
-    """One line per trial: id, status, epoch, every parameter (empty if not active), goal and metric, error. In full.
+    """One line per trial: id, status, epoch, every parameter (empty if not active), goal and metric, error. Nothing is
+    cut.
 
     Goals and metrics are those of the last evaluation.
     """
@@ -113,7 +114,7 @@ def write_csv(path: Path, trials: Sequence[Trial], sweep: Sweep) -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """From ``epoch`` on the weights were trained with ``parameters``; they were those of the trial ``source``."""
+    """From ``epoch`` on, the weights were trained with ``parameters`` in the trial ``source``."""
 
     epoch: int
     source: str
@@ -121,7 +122,8 @@ class Stage:
 
 
 def schedule(trial: Trial, trials: Sequence[Trial], sweep: Sweep) -> list[Stage]:
-    """What the weights of ``trial`` went through, from the first epoch on: of its own and of those it took over."""
+    """The history of the weights of ``trial`` from the first epoch on, also in the trials from which they were
+    copied."""
     by_id = {t.id: t for t in trials}
     stages: list[Stage] = []
     now, until = trial, math.inf
@@ -129,13 +131,13 @@ def schedule(trial: Trial, trials: Sequence[Trial], sweep: Sweep) -> list[Stage]
         newest = earlier[-1]
         stages.append(Stage(newest.epoch, newest.source, newest.parameters))
         now, until = by_id[newest.source], newest.epoch
-    # A trial's parameters are its newest; the first ones stay in the file that is written before it starts.
+    # The newest parameters are in the trial; the first ones stay in the file that is written before it starts.
     first = read_json(sweep.dir / "trials" / now.id / "trial.json")["parameters"]
     return [Stage(0, now.id, first), *reversed(stages)]
 
 
 def markdown(ranking: Ranking, sweep: Sweep, found: Importances | None, captions: dict[str, str]) -> str:
-    """report.md, for a reader who knows nothing of this sweep."""
+    """Write report.md, for a reader who knows nothing of this sweep."""
     parts = [f"# {sweep.name}", *_searched(ranking, sweep), "## Best", *_best(ranking, sweep)]
     parts += ["## Trials", *_trials(ranking, sweep), "## What matters", *_matters(found)]
     parts += ["## Pictures"] if captions else []
@@ -255,7 +257,7 @@ def _any_config(ranking: Ranking, sweep: Sweep, base: Path) -> Config | None:
     for trial in ranking.trials:
         try:
             return trial_config(sweep, base, trial.parameters, sweep.dir / "trials" / trial.id)
-        except InputError:  # it failed for that
+        except InputError:  # the trial failed for that reason
             continue
     return None
 

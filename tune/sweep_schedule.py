@@ -1,6 +1,7 @@
-"""Which trials go on, and with what: schedulers of Ray Tune that the folder of a sweep can restart.
+"""The schedulers of Ray Tune, which decide which trials continue and with which parameters. They can restart from a
+sweep's folder.
 
-Tune keeps no scheduler's state. Here it is told again what the folder knows.
+Tune does not keep a scheduler's state. Here the scheduler learns it from the folder.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def scheduler_of(sweep: Sweep, epochs: int) -> TrialScheduler:
 
 
 class Asha(ASHAScheduler):  # type: ignore[misc]
-    """Asynchronous successive halving (Li et al., MLSys 2020) that knows the trials of before."""
+    """Asynchronous successive halving (Li et al., MLSys 2020) that knows earlier trials."""
 
     def __init__(self, sweep: Sweep, epochs: int) -> None:
         super().__init__(
@@ -45,38 +46,39 @@ class Asha(ASHAScheduler):  # type: ignore[misc]
                 super().on_trial_result(None, past, {"epoch": evaluation.epoch, OBJECTIVE: value})
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """A trial that is new, or that goes on: its evaluations of before are known and not judged again."""
+        """A new or continued trial. Its earlier evaluations are known and not judged again."""
         known = _Known(trial.config["trial"])
         if known.trial_id not in self._trial_info:
             super().on_trial_add(tune_controller, known)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Whether the trial goes on."""
+        """Whether the trial continues."""
         action: str = super().on_trial_result(tune_controller, _Known(trial.config["trial"]), result)
         return action
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Finished or stopped."""
+        """The trial has finished or stopped."""
         super().on_trial_complete(tune_controller, _Known(trial.config["trial"]), result)
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """Never to come back."""
+        """The trial will not come back."""
         super().on_trial_remove(tune_controller, _Known(trial.config["trial"]))
 
 
 class _Known:
-    """What ASHA asks of a trial, under our id: Tune gives it another one each time the sweep starts."""
+    """The part of a trial that ASHA uses, under our id. Tune gives it a new id each time the sweep starts."""
 
     def __init__(self, trial_id: str) -> None:
         self.trial_id = trial_id
 
 
 class Population(PopulationBasedTraining):  # type: ignore[misc]
-    """Population-based training (Jaderberg et al., 2017) that keeps values in their range and trials' ids apart."""
+    """Population-based training (Jaderberg et al., 2017) that keeps values in their range, and the ids of
+    trials apart."""
 
     def __init__(self, sweep: Sweep, epochs: int) -> None:
         exploits = sum(len(trial.history) for trial in read_trials(sweep.dir))
-        seed = f"{sweep.seed}/{exploits}"  # a sweep that goes on draws on
+        seed = f"{sweep.seed}/{exploits}"  # a continued sweep must not repeat its draws
         rng = random.Random(seed)
         mutations = {
             key: d.values if d.kind == "choice" else (lambda d=d: random_value(d, rng))
@@ -86,7 +88,7 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
         def within(config: dict[str, Any]) -> dict[str, Any]:
             return {key: sweep.dimensions[key].nearest(v) if key in mutations else v for key, v in config.items()}
 
-        random.seed(f"Tune {seed}")  # from which Tune draws
+        random.seed(f"Tune {seed}")  # Tune draws from this generator
         super().__init__(
             "epoch",
             OBJECTIVE,
@@ -102,14 +104,14 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
         self.sweep, self.epochs = sweep, epochs
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Whether the trial goes on as it is; not asked at its end, as new parameters would act no more."""
+        """Whether the trial continues unchanged. Not asked at its end, because new parameters would have no effect."""
         action: str = TrialScheduler.CONTINUE
         if result.get("epoch", 0) < self.epochs:
             action = super().on_trial_result(tune_controller, trial, result)
         return action
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """A trial, new or unfinished: comparisons go on at the same epochs as before."""
+        """A new or unfinished trial. Comparisons continue at the same epochs as before."""
         super().on_trial_add(tune_controller, trial)
         before = read_trial(self.sweep.dir / "trials" / trial.config["trial"])
         if before.last is not None:
@@ -118,13 +120,13 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
             state.last_train_time = before.last.epoch
 
     def _checkpoint_or_exploit(self, trial: Any, tune_controller: Any, upper: list[Any], lower: list[Any]) -> None:
-        """Compare. Tune knows a checkpoint only of those that were among the best when they last reported."""
+        """Compare the trials. Tune has a checkpoint only of trials that were among the best at their last report."""
         for other in upper:
             if self._trial_state[other].last_checkpoint is None:
                 self._trial_state[other].last_checkpoint = other.checkpoint
         super()._checkpoint_or_exploit(trial, tune_controller, upper, lower)
 
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The parameters of the other, changed, under the trial's own id."""
+        """The changed parameters of the other trial, with the trial's own id."""
         config, operations = super()._get_new_config(trial, trial_to_clone)
         return {**config, "trial": trial.config["trial"]}, operations

@@ -1,7 +1,7 @@
-"""Which trials there are: searchers of Ray Tune that the folder of a sweep can restart.
+"""The trials of a sweep: searchers of Ray Tune that can restart from the folder of a sweep.
 
-Tune keeps a searcher's state in snapshots only. Here it is told again what the folder knows, so a sweep that was killed
-at any moment goes on where it was.
+Tune keeps a searcher's state only in snapshots. Here the searcher learns the state from the folder, so that a sweep
+that was killed at any moment continues from there.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from sweep_config import Sweep
 from sweep_folder import Evaluation, Trial, read_trial, read_trials, trial_folder, write_parameters
 from sweep_space import Dimension, Parameters, draw, grid, sample
 
-OBJECTIVE = "objective"  # under this name trials report the figure that schedulers compare
-RUNNING_OUT = 1_000_000  # trials to Tune, which shall leave it to our searcher how many there are
+OBJECTIVE = "objective"  # the name under which trials report the figure that schedulers compare
+RUNNING_OUT = 1_000_000  # the number of trials for Tune; our searcher decides how many there really are
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -36,7 +36,8 @@ def parameters_of(sweep: Sweep) -> list[Parameters]:
 
 
 def open_trials(sweep: Sweep) -> list[Trial]:
-    """The trials that are to run or to go on, all of them known before the first starts: random and grid search."""
+    """Gives out the trials that must run or continue. In random and grid search all are known before the first one
+    starts."""
     for number, parameters in enumerate(parameters_of(sweep)):
         folder = trial_folder(sweep.dir, number)
         if not (folder / "trial.json").is_file():
@@ -45,10 +46,10 @@ def open_trials(sweep: Sweep) -> list[Trial]:
 
 
 def search(sweep: Sweep) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the Tuner needs to run the rest of the sweep: its param_space, and arguments of its TuneConfig.
+    """The arguments of the Tuner for the rest of the sweep: its param_space, and those of its TuneConfig.
 
-    A Tune trial's config has the id of the trial as ``trial``, and with population-based training the parameters too,
-    as Tune changes them there.
+    A Tune trial's config has the id of the trial as ``trial``. With population-based training it also has the
+    parameters, because Tune changes them there.
     """
     if sweep.searcher == "optuna":
         searcher: Any = OptunaSearch(sweep)
@@ -64,27 +65,27 @@ def search(sweep: Sweep) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 class OptunaSearch(Searcher):  # type: ignore[misc]
-    """Optuna's TPE over a space with conditions; with several goals, its multi-objective form.
+    """Optuna's TPE over a space with conditions. With several goals it is the multi-objective TPE.
 
-    Ray's own OptunaSearch cannot be told of trials before when the space has conditions. Trials that ASHA stopped count
-    with their last value, as Optuna's pruned ones do; failed ones do not count.
+    Ray's own OptunaSearch cannot learn earlier trials if the space has conditions. Trials that ASHA stopped count with
+    their last value, as Optuna's pruned trials do. Failed trials do not count.
     """
 
     def __init__(self, sweep: Sweep) -> None:
         goals = sweep.objective.goals
         super().__init__(metric=OBJECTIVE, mode=goals[0].mode)
         self.sweep = sweep
-        self.ids: dict[str, str] = {}  # of Tune -> ours
-        self.asked: dict[str, optuna.trial.Trial] = {}  # ours -> Optuna's, of those that run
-        self.reported: set[tuple[str, int]] = set()  # trial and epoch; a trial that starts again repeats some
+        self.ids: dict[str, str] = {}  # Tune's id -> our id
+        self.asked: dict[str, optuna.trial.Trial] = {}  # our id -> Optuna's trial, of the running trials
+        self.reported: set[tuple[str, int]] = set()  # trial and epoch; a restarted trial repeats some
         before = read_trials(sweep.dir)
-        # Another seed each time, as the first trials are random ones and would come again.
+        # Use a new seed each time. Otherwise the first trials, which are random, would come again.
         sampler = optuna.samplers.TPESampler(
             seed=sweep.seed * 1_000_003 + len(before),
             n_startup_trials=max(4, min(10, sweep.trials // 3)),
             multivariate=True,
-            group=True,  # conditions
-            constant_liar=True,  # trials side by side keep apart
+            group=True,  # for conditions
+            constant_liar=True,  # keeps simultaneous trials apart
         )
         to = optuna.study.StudyDirection
         directions = [to.MAXIMIZE if goal.mode == "max" else to.MINIMIZE for goal in goals]
@@ -95,7 +96,7 @@ class OptunaSearch(Searcher):  # type: ignore[misc]
         self.waiting = [trial for trial in before if trial.status == "unfinished"]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The id of the next trial, whose parameters are in its folder."""
+        """The id of the next trial. Its parameters are in its folder."""
         if self.waiting:
             trial = self.waiting.pop(0)
             self.study.enqueue_trial(self._encoded(trial.parameters))
@@ -103,7 +104,7 @@ class OptunaSearch(Searcher):  # type: ignore[misc]
             draw(self.sweep.dimensions, lambda key, dimension: _suggest(asked, key, dimension))
             self.ids[trial_id] = trial.id
             return {"trial": trial.id}
-        # Not how many there are: one may have been deleted, to be tried again.
+        # Not the number of trials: one may have been deleted, so that it is tried again.
         folders = (trial_folder(self.sweep.dir, number) for number in range(self.sweep.trials))
         folder = next((folder for folder in folders if not (folder / "trial.json").is_file()), None)
         if folder is None:
@@ -115,7 +116,7 @@ class OptunaSearch(Searcher):  # type: ignore[misc]
         return {"trial": folder.name}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """An evaluation: TPE learns from it if the trial is stopped later."""
+        """The trial has an evaluation. TPE learns from it if the trial is stopped later."""
         name, value = self.ids[trial_id], result.get(OBJECTIVE, math.nan)
         if len(self.study.directions) > 1 or math.isnan(value) or (name, result["epoch"]) in self.reported:
             return
@@ -123,7 +124,7 @@ class OptunaSearch(Searcher):  # type: ignore[misc]
         self.asked[name].report(value, result["epoch"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Finished, stopped or failed."""
+        """The trial has finished, stopped or failed."""
         name = self.ids.pop(trial_id)
         asked = self.asked.pop(name)
         trial = read_trial(self.sweep.dir / "trials" / name)
@@ -136,10 +137,10 @@ class OptunaSearch(Searcher):  # type: ignore[misc]
             self.study.tell(asked, state=optuna.trial.TrialState.PRUNED)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the folder of the sweep is the state."""
+        """Nothing to save: the folder of the sweep is the state."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Never called: no sweep is restored by Tune."""
+        """Never called: Tune restores no sweep."""
         raise NotImplementedError
 
     def _values(self, trial: Trial) -> tuple[float, ...] | None:
@@ -147,7 +148,7 @@ class OptunaSearch(Searcher):  # type: ignore[misc]
         return None if any(math.isnan(value) for value in values) else values
 
     def _frozen(self, trial: Trial) -> optuna.trial.FrozenTrial:
-        """A trial of before, as Optuna sees it."""
+        """An earlier trial in Optuna's form."""
         dimensions = {key: d for key, d in self.sweep.dimensions.items() if key in trial.parameters}
         values, states = self._values(trial), optuna.trial.TrialState
         if trial.status == "failed" or values is None:
@@ -174,7 +175,7 @@ class OptunaSearch(Searcher):  # type: ignore[misc]
 
 
 def _encode(dimension: Dimension, value: Any) -> Any:
-    """Optuna's form of a value: it knows no lists."""
+    """A value in Optuna's form, which has no lists."""
     return json.dumps(value) if dimension.kind == "choice" else value
 
 
@@ -188,7 +189,7 @@ def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution
 
 
 def _suggest(asked: optuna.trial.Trial, key: str, dimension: Dimension) -> Any:
-    """What Optuna proposes for one dimension."""
+    """The value that Optuna proposes for one dimension."""
     if dimension.kind == "choice":
         return json.loads(asked.suggest_categorical(key, [_encode(dimension, v) for v in dimension.values]))
     low, high = dimension.values

@@ -1,4 +1,4 @@
-"""The search space: which values a config key may take, when, and how a trial's are drawn."""
+"""The search space: the values that a config key may have, their conditions, and how a trial draws them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ class Dimension:
     loguniform: tuple[Any, ...] | None = None  # its logarithm is uniform
     integer: tuple[Any, ...] | None = None  # a whole number between two, both included
     loginteger: tuple[Any, ...] | None = None  # likewise, small ones are as likely as large ones
-    # For a key that takes one weight per task, of two tasks: the first one's share s of their sum, which is two. The
+    # For a key with one weight per task and two tasks: the first weight's share s of their sum, which is two. The
     # config then has [2s, 2 - 2s].
     share: tuple[Any, ...] | None = None
-    # Only in trials where each of these other keys has one of these values, as {weighting.name: [fixed]}.
+    # The key is active only in trials where each of these other keys has one of these values, as {weighting.name:
+    # [fixed]}.
     when: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -44,7 +45,7 @@ class Dimension:
 
     @property
     def is_log(self) -> bool:
-        """Whether ratios of values are what counts."""
+        """Whether ratios of values matter, not differences."""
         return self.kind.startswith("log")
 
     def active(self, parameters: Parameters) -> bool:
@@ -52,11 +53,11 @@ class Dimension:
         return all(key in parameters and parameters[key] in values for key, values in self.when.items())
 
     def config_value(self, value: Any) -> Any:
-        """What the config gets for a drawn ``value``."""
+        """The config's value for a drawn ``value``."""
         return [2 * value, 2 - 2 * value] if self.kind == "share" else value
 
     def nearest(self, value: Any) -> Any:
-        """``value``, or the end of the range that it lies beyond."""
+        """``value``, or the nearest end of its range if it is outside."""
         if self.kind == "choice":
             return value
         low, high = self.values
@@ -64,11 +65,11 @@ class Dimension:
 
 
 def dimensions_of(space: Mapping[str, Any]) -> dict[str, Dimension]:
-    """The space by dotted key, each after those that it depends on. A file may nest its keys or write dots.
+    """The space by dotted key. Each key comes after those that it depends on. A file may nest its keys or write dots.
 
     Raises InputError that names what is wrong with it.
     """
-    # Where a file writes dots and the command line nests, the command line is later and counts.
+    # If a file writes dots and the command line nests, the later one, the command line, has priority.
     dimensions = {key: _dimension(key, spec) for key, spec in _leaves(space)}
     for key, dimension in dimensions.items():
         for other, values in dimension.when.items():
@@ -84,7 +85,7 @@ def dimensions_of(space: Mapping[str, Any]) -> dict[str, Dimension]:
 
 
 def draw(dimensions: Mapping[str, Dimension], pick: Pick) -> Parameters:
-    """A trial's parameters: what ``pick`` says for each dimension that is active."""
+    """A trial's parameters: ``pick`` gives the value for each active dimension."""
     parameters: Parameters = {}
     for key, dimension in dimensions.items():
         if dimension.active(parameters):
@@ -93,7 +94,7 @@ def draw(dimensions: Mapping[str, Dimension], pick: Pick) -> Parameters:
 
 
 def sample(dimensions: Mapping[str, Dimension], seed: int, number: int) -> Parameters:
-    """Trial ``number`` of a random search: always the same for a seed, however many trials there are."""
+    """Trial ``number`` of a random search. It depends only on the seed, not on how many trials there are."""
 
     def pick(key: str, dimension: Dimension) -> Any:
         return random_value(dimension, random.Random(f"{seed}/{number}/{key}"))
@@ -116,7 +117,7 @@ def random_value(dimension: Dimension, rng: random.Random) -> Any:
 
 
 def grid(dimensions: Mapping[str, Dimension]) -> list[Parameters]:
-    """Every combination of the listed values. Raises InputError if there is a range."""
+    """All combinations of the listed values. Raises InputError if there is a range."""
     for key, dimension in dimensions.items():
         if dimension.kind != "choice":
             raise InputError(f"searcher=grid needs listed values, and space.{key} is {dimension.kind}; list a choice")
@@ -132,7 +133,8 @@ def grid(dimensions: Mapping[str, Dimension]) -> list[Parameters]:
 
 
 def corners(dimensions: Mapping[str, Dimension]) -> Iterator[Parameters]:
-    """Parameters such that every listed value and range end occurs, where active beside first values."""
+    """Sets of parameters in which every listed value and range end occurs. Other active dimensions have first
+    values."""
 
     def first(fixed: Parameters) -> Parameters:
         return draw(dimensions, lambda key, dimension: fixed.get(key, dimension.values[0]))
@@ -151,12 +153,12 @@ def corners(dimensions: Mapping[str, Dimension]) -> Iterator[Parameters]:
 def words(dimensions: Mapping[str, Dimension], parameters: Parameters) -> list[str]:
     """``key=value`` words that put ``parameters`` into a config, exactly."""
     values = {key: dimensions[key].config_value(value) for key, value in parameters.items()}
-    # JSON is YAML, and writes floats so that they read back equal; a string is taken as it stands.
+    # JSON is YAML, and its floats read back equal. A string is used as it is.
     return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
 
 
 def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and what stands there, from a mapping that nests; ``{loguniform: [a, b]}`` does not nest."""
+    """Dotted keys and their values, from a nested mapping. ``{loguniform: [a, b]}`` counts as a value."""
     for key, value in section.items():
         if isinstance(value, Mapping) and value and all(isinstance(inner, Mapping) for inner in value.values()):
             yield from _leaves(value, f"{prefix}{key}.")

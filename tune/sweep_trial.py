@@ -26,17 +26,18 @@ from sweep_folder import PATIENCE_S, Exploit, Failure, Trial, read_trial, wait_f
 from sweep_search import OBJECTIVE, active_parameters
 from sweep_workers import train_with_workers
 
-OFFERED, TAKEN = "offered", "taken"  # in the run folder: checkpoints for and of other trials, by a second name
-KEPT = 3  # of them
+OFFERED, TAKEN = "offered", "taken"  # in the run folder: checkpoints for and from other trials, under a second name
+KEPT = 3  # how many of them
 
 
 def make_trainable(sweep: Sweep, base: Path) -> Callable[[dict[str, Any]], None]:
-    """What Ray runs in a process per trial. Its config has the trial's id, see ``sweep_search.search``."""
+    """The class that Ray runs in a process per trial. Its config has the trial's id, see ``sweep_search.search``."""
     folder, base = Path.cwd(), base.resolve()
 
     def trial(config: dict[str, Any]) -> None:
-        os.chdir(folder)  # Ray starts elsewhere
-        # How long a process that shall go on with another trial may take to leave this one, with its last checkpoint.
+        os.chdir(folder)  # Ray starts it in another folder
+        # How long a process may take to leave a trial, with its last checkpoint, before it continues with another
+        # trial.
         os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(int(PATIENCE_S))
         run_trial(sweep, base, config["trial"], active_parameters(config))
 
@@ -46,10 +47,10 @@ def make_trainable(sweep: Sweep, base: Path) -> Callable[[dict[str, Any]], None]
 def run_trial(sweep: Sweep, base: Path, name: str, parameters: dict[str, Any]) -> None:
     """Train trial ``name`` to its end, and note in its folder how it ended.
 
-    An error that would come again at once ends it. Others are raised, and Tune tries again: out of memory, a lost
-    process, a full disk.
+    An error that would come again at once ends the trial. Other errors are raised, and Tune tries again: out of memory,
+    a lost process, a full disk.
     """
-    gc.collect()  # of the trial before in this process
+    gc.collect()  # of the previous trial in this process
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     folder = sweep.dir / "trials" / name
@@ -59,7 +60,7 @@ def run_trial(sweep: Sweep, base: Path, name: str, parameters: dict[str, Any]) -
         try:
             trial = read_trial(folder)
             config = trial_config(sweep, base, parameters or trial.parameters, folder)
-            if not sweep.gpus_per_worker:  # Ray hides none of those that there are
+            if not sweep.gpus_per_worker:  # Ray hides no GPU then
                 config = dataclasses.replace(config, device="cpu")
             if sweep.scheduler == "pbt":
                 take_over(sweep, trial, parameters, config)
@@ -74,12 +75,12 @@ def run_trial(sweep: Sweep, base: Path, name: str, parameters: dict[str, Any]) -
 
 
 def train_reporting(sweep: Sweep, config: Config, log: Path) -> dict[str, float]:
-    """Train; every evaluation but the last goes to Tune, which may then end the process."""
+    """Train. Every evaluation but the last goes to Tune, which may then end the process."""
     steps = steps_per_epoch(config)
 
     def on_eval(step: int, metrics: dict[str, float]) -> None:
         if step < config.epochs * steps:
-            if sweep.scheduler == "pbt":  # which may stop the trial, and start it or another again from here
+            if sweep.scheduler == "pbt":  # it may stop the trial, and restart it or another one from here
                 offer(config, step)
             report(sweep, config, step // steps, metrics)
 
@@ -92,7 +93,7 @@ def train_reporting(sweep: Sweep, config: Config, log: Path) -> dict[str, float]
 
 
 def report(sweep: Sweep, config: Config, epoch: int, metrics: dict[str, float]) -> None:
-    """Tell Tune of an evaluation; with population-based training also from which trial and epoch others may copy."""
+    """Report an evaluation to Tune; with population-based training also the trial and epoch that others may copy."""
     figures = {**metrics, OBJECTIVE: sweep.objective.values(metrics)[0], "epoch": epoch}
     if sweep.scheduler != "pbt":
         tune.report(figures)
@@ -104,14 +105,14 @@ def report(sweep: Sweep, config: Config, epoch: int, metrics: dict[str, float]) 
 
 
 def take_over(sweep: Sweep, trial: Trial, parameters: dict[str, Any], config: Config) -> None:
-    """Let the trial go on from the weights of the trial that Tune chose, or from its own with its newest parameters."""
+    """Continue the trial from the weights of the trial that Tune chose, or from its own with its newest parameters."""
     folder, steps = sweep.dir / "trials" / trial.id, steps_per_epoch(config)
     pointer: dict[str, Any] = {"trial": trial.id, "epoch": 0}
     if (chosen := tune.get_checkpoint()) is not None:
         with chosen.as_directory() as where:
             pointer = json.loads((Path(where) / "pointer.json").read_text(encoding="utf-8"))
     wanted = Exploit(pointer["epoch"], pointer["trial"], parameters)
-    if wanted.source == trial.id or (trial.history and trial.history[-1] == wanted):  # before a process was lost
+    if wanted.source == trial.id or (trial.history and trial.history[-1] == wanted):  # done before a process was lost
         own = checkpoint.latest(folder / "checkpoints")
         if own is not None and config_from_text(checkpoint.load(own)["config"]) != config:
             resume.adopt(own, config)
@@ -119,7 +120,7 @@ def take_over(sweep: Sweep, trial: Trial, parameters: dict[str, Any], config: Co
     file, best = take(sweep.dir / "trials" / wanted.source, wanted.epoch * steps, folder)
     resume.adopt(file, config, best)
     write_exploit(folder, wanted)
-    for given in (folder / OFFERED).glob("step_*.pt"):  # of a past that no longer is the trial's
+    for given in (folder / OFFERED).glob("step_*.pt"):  # from a past that this trial no longer has
         if checkpoint.step_of(given) > checkpoint.step_of(file):
             given.unlink()
     shutil.rmtree(folder / TAKEN)
@@ -148,9 +149,9 @@ def offer(config: Config, step: int) -> None:
 
 
 def take(source: Path, step: int, folder: Path) -> tuple[Path, Path | None]:
-    """Give the checkpoint of ``step`` that another trial offers a name below ``folder``, and the best up to there.
+    """Give the checkpoint of ``step`` that another trial offers a name below ``folder``, and the best one until then.
 
-    If it is offered no more, the next newer one. Raises InputError if there is none.
+    If that checkpoint is no longer offered, take the next newer one. Raises InputError if there is none.
     """
     mine = folder / TAKEN
     mine.mkdir(exist_ok=True)
@@ -164,12 +165,12 @@ def take(source: Path, step: int, folder: Path) -> tuple[Path, Path | None]:
             for each in (file, best):
                 if each is not None:
                     checkpoint.publish(each, mine / each.name)
-        except FileNotFoundError:  # the other has just gone on
+        except FileNotFoundError:  # the other trial has just moved on
             continue
         return mine / file.name, mine / best.name if best else None
     raise InputError(f"{source} offers no checkpoint to go on from")
 
 
 def best_beside(file: Path) -> Path:
-    """Where the best model up to an offered checkpoint lies."""
+    """The path of the best model up to an offered checkpoint."""
     return file.with_name(f"best_of_{file.name}")

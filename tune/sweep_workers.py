@@ -1,4 +1,4 @@
-"""A trial of several processes: inside Tune what ``torchrun -m mtunet_dist.train`` is outside, with the same result.
+"""A trial of several processes: in Tune the same as ``torchrun -m mtunet_dist.train``, with the same result.
 
 Each process is an actor in a bundle of the trial's own placement group, so that all of them end with the trial, however
 it ends, and what they held is free again. The trial itself only waits, as torchrun's agent does. Ray Train is not used:
@@ -30,17 +30,17 @@ from mtunet_dist.errors import PATIENCE_S, InputError, MTUNetError
 from mtunet_dist.train import OnEval, train
 from sweep_folder import wait_for_folder
 
-LOST = (RayActorError, OutOfMemoryError)  # what a process that is no more raises; the second where Ray ended it
+LOST = (RayActorError, OutOfMemoryError)  # raised when a process is gone; the second if Ray ended it
 
 
 class WorkerLostError(RuntimeError):
-    """A process of the trial ended by itself: killed, out of memory, lost with its node, hung."""
+    """A process of the trial ended by itself: killed, out of memory, lost with its node, or hung."""
 
 
 def resources(workers: int, cpus: int, gpus: float) -> Any:
-    """What Tune reserves for a trial of ``workers`` processes with ``cpus`` and ``gpus`` each, on one node or several.
+    """The resources of Tune for a trial of ``workers`` processes with ``cpus`` and ``gpus`` each, on one or more nodes.
 
-    Raises InputError for a share of a GPU: NCCL wants one for each process.
+    Raises InputError for a share of a GPU: NCCL needs a whole one for each process.
     """
     if gpus not in (0, 1):
         raise InputError(f"gpus={gpus} for each of {workers} workers must be 0 or 1")
@@ -57,12 +57,12 @@ def train_with_workers(
     any process, and WorkerLostError when one dies: the same call then goes on from the newest checkpoint. No process
     is left at the end.
     """
-    wait_for_folder(Path(config.run_dir))  # processes of an attempt before end at once, but not before their trial
+    wait_for_folder(Path(config.run_dir))  # processes of an earlier try end at once, but not before their trial
     address = ray.util.get_node_ip_address()
     # On a free port.
     store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     group = ray.util.get_current_placement_group()
-    assert group is not None and group.bundle_count == workers  # Ray drops the empty one of the trial itself
+    assert group is not None and group.bundle_count == workers  # Ray drops the empty bundle of the trial itself
     actors = []
     try:
         for rank in range(workers):
@@ -71,10 +71,10 @@ def train_with_workers(
             variables = {
                 "RANK": str(rank),
                 "WORLD_SIZE": str(workers),
-                "LOCAL_RANK": "0",  # Ray shows a process no GPU but its own
+                "LOCAL_RANK": "0",  # Ray shows a process only its own GPU
                 "MASTER_ADDR": address,
                 "MASTER_PORT": str(store.port),
-                "TORCHELASTIC_USE_AGENT_STORE": "True",  # torchrun's word for: the store is there, rank 0 opens none
+                "TORCHELASTIC_USE_AGENT_STORE": "True",  # torchrun's flag for: the store exists, rank 0 opens none
                 "OMP_NUM_THREADS": str(cpus),
             }
             actors.append(actor.remote(config, str(Path.cwd()), variables, str(log)))
@@ -85,10 +85,10 @@ def train_with_workers(
 
 
 class Worker:
-    """One process of a trial. Its training goes on while ``advance`` is called, from one evaluation to the next."""
+    """One process of a trial. Each call of ``advance`` continues its training to the next evaluation."""
 
     def __init__(self, config: Config, folder: str, variables: Mapping[str, str], log: str) -> None:
-        os.chdir(folder)  # Ray starts elsewhere
+        os.chdir(folder)  # Ray starts it in another folder
         os.environ.update(variables)
         with Path(log).open("a", encoding="utf-8") as file:
             for stream in (sys.stdout, sys.stderr):
@@ -98,12 +98,13 @@ class Worker:
         self._config, self._threads, self._main = config, int(variables["OMP_NUM_THREADS"]), variables["RANK"] == "0"
         self._go: SimpleQueue[None] = SimpleQueue()
         self._said: SimpleQueue[tuple[int, dict[str, float]] | None] = SimpleQueue()
-        # A thread, so that it can stand still between two calls.
+        # A thread, because it can wait between two calls.
         self._training = ThreadPoolExecutor(1).submit(self._train)
         self._training.add_done_callback(lambda _: self._said.put(None))
 
     def advance(self) -> tuple[int, dict[str, float]] | dict[str, float]:
-        """The next evaluation, on rank 0, as (step, metrics); at the end, on all ranks, what ``train`` returns."""
+        """Return the next evaluation, on rank 0, as (step, metrics). At the end, all ranks return the result of
+        ``train``."""
         self._go.put(None)
         evaluation = self._said.get()
         if evaluation is not None:
@@ -117,9 +118,9 @@ class Worker:
         try:
             return train(self._config, self._on_eval if self._main else None)
         except MTUNetError:
-            raise  # says all in a line, which the trial notes
+            raise  # its message is one line, which the trial notes
         except Exception:
-            traceback.print_exc()  # into the log; the trial notes the last line only
+            traceback.print_exc()  # into the log; the trial notes only the last line
             raise
 
     def _on_eval(self, step: int, metrics: dict[str, float]) -> None:
@@ -128,7 +129,7 @@ class Worker:
 
 
 def _follow(actors: Sequence[Any], on_eval: OnEval) -> dict[str, float]:
-    """Lead the workers to the end of their training; the metrics of rank 0."""
+    """Move the workers to the end of their training. Returns the metrics of rank 0."""
     waiting = {actor.advance.remote(): rank for rank, actor in enumerate(actors)}
     metrics: dict[str, float] = {}
     while waiting:
@@ -137,7 +138,7 @@ def _follow(actors: Sequence[Any], on_eval: OnEval) -> dict[str, float]:
         try:
             answer = ray.get(ready)
         except (RayTaskError, *LOST) as error:
-            # Not from the error: it may be the cause itself, or hold it, and Ray would follow that circle for ever.
+            # "from error" could make a circle (the error may be or hold the cause), and Ray would follow it for ever.
             raise _cause(error, rank, waiting) from None
         if isinstance(answer, tuple):
             on_eval(*answer)
@@ -148,7 +149,7 @@ def _follow(actors: Sequence[Any], on_eval: OnEval) -> dict[str, float]:
 
 
 def _cause(first: Exception, rank: int, waiting: Mapping[Any, int]) -> Exception:
-    """The error to raise when a worker has failed: it may be that another's end made its collective fail."""
+    """The error to raise when a worker has failed. A collective of one worker may fail because another worker ended."""
     failures = {rank: first}
     if waiting and not isinstance(getattr(first, "cause", None), MTUNetError):
         done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=PATIENCE_S)
@@ -163,4 +164,4 @@ def _cause(first: Exception, rank: int, waiting: Mapping[Any, int]) -> Exception
     for lost, failure in failures.items():
         if isinstance(failure, LOST):
             return WorkerLostError(f"rank {lost} of the trial was lost: {str(failure).splitlines()[0]}")
-    return getattr(first, "cause", first)  # the worker's own, whose traceback is in the log
+    return getattr(first, "cause", first)  # the worker's own error, whose traceback is in the log

@@ -48,11 +48,11 @@ class Bilinear(nn.Sequential):
 
 
 class DenseEncoder(nn.Module):
-    """U-Net encoder with dense connections. See ``MTUNet`` for what its options select.
+    """U-Net encoder with dense connections. ``MTUNet`` explains its options.
 
-    ``forward(image (N, 3, H, W))`` returns ``(skips, deepest)``: the conv-2 output of each block (before dropout unless
-    ``skips_after_dropout``), shallowest first, (N, widths[i], H / 2**i, W / 2**i); and the last of them after dropout
-    and pooling.
+    ``forward(image (N, 3, H, W))`` returns ``(skips, deepest)``. ``skips`` has the conv-2 output of each block,
+    shallowest first, (N, widths[i], H / 2**i, W / 2**i), before dropout unless ``skips_after_dropout``. ``deepest`` is
+    the last of them after dropout and pooling.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class DenseEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
         skips: list[Tensor] = []
-        x = image  # what conv 1 of the next block sees
-        history = [image] if self.image_in_history else []  # what its conv 2 sees besides conv 1
+        x = image  # input of conv 1 of the next block
+        history = [image] if self.image_in_history else []  # further inputs of its conv 2, besides conv 1
         for conv1, conv2 in zip(self.conv1s, self.conv2s, strict=True):
             first = conv1(x)
             second = conv2(torch.cat([*history, first], dim=1))
@@ -99,9 +99,9 @@ class DenseEncoder(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Two convolutions; with ``attention`` a mask computed from conv 1's output multiplies conv 2's output.
+    """Two convolutions. With ``attention``, a mask computed from conv 1's output multiplies conv 2's output.
 
-    ``forward(x (N, in_channels, H, W))`` returns the output, conv 2's output and the mask, all (N, width, H, W); the
+    ``forward(x (N, in_channels, H, W))`` returns the output, conv 2's output and the mask, all (N, width, H, W). The
     mask is None without attention.
     """
 
@@ -121,13 +121,13 @@ class DecoderBlock(nn.Module):
 
 
 def check_outputs(outputs: dict[str, int]) -> None:
-    """Refuse, with InputError, a model without tasks or a task without channels."""
+    """Raise InputError for a model without tasks or a task without channels."""
     if not outputs or min(outputs.values()) < 1:
         raise InputError(f"outputs must give at least one task with one channel or more, got {outputs}")
 
 
 def check_size(image: Tensor, stride: int) -> None:
-    """Refuse, with InputError, an image (N, 3, H, W) whose height or width is no multiple of ``stride``."""
+    """Raise InputError for an image (N, 3, H, W) whose height or width is not a multiple of ``stride``."""
     height, width = image.shape[-2:]
     if height % stride or width % stride:
         near = [max(stride, (size + stride // 2) // stride * stride) for size in (height, width)]

@@ -1,4 +1,4 @@
-"""MT-UNet: one densely connected encoder, one attention decoder per task, decoders that listen to each other."""
+"""MT-UNet: one densely connected encoder, one attention decoder per task, and connections between the decoders."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DenseScope = Literal["encoder", "block", "none"]
 Upsampling = Literal["transposed", "bilinear"]
 CrossTalkFrom = Literal["attended", "raw"]
 STRIDE = 16  # four poolings
-LISTENING_BLOCK = 2  # decoder block 3 of the paper, counted from 0, hears block 2 of the other tasks
+LISTENING_BLOCK = 2  # decoder block 3 of the paper (2 from 0) also takes the maps of block 2 of the other tasks
 
 
 class TaskDecoder(nn.Module):
@@ -54,7 +54,7 @@ class TaskDecoder(nn.Module):
     def run_block(
         self, level: int, skip: Tensor, previous: Tensor, heard: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What block ``level`` returns for the encoder's skip, the block before and the other tasks' maps."""
+        """The output of block ``level`` for the encoder's skip, the previous block and the other tasks' maps."""
         if level > 0:
             previous = self.ups[level - 1](previous)
         result: tuple[Tensor, Tensor, Tensor | None] = self.blocks[level](torch.cat([skip, previous, *heard], dim=1))
@@ -84,7 +84,7 @@ class MTUNet(nn.Module):
       Our reading: the batch norms come before ReLU and sigmoid; the mask has as many channels as that output.
     - Paper: skip connections from decoder block 2 of each task to block 3 of the other.
       Our reading: the attended output, upsampled bilinearly by 2 and concatenated; with three or more tasks a
-      decoder hears all the others.
+      decoder takes the maps of all the others.
 
     Options:
         widths: channels of the four encoder blocks, shallowest first.
@@ -97,7 +97,7 @@ class MTUNet(nn.Module):
         dense_image: with dense_scope "encoder", the raw image is among what every conv sees.
         skips_after_dropout: the decoders see the encoder's maps after dropout instead of before.
         upsampling: between decoder blocks: "transposed" as above; "bilinear": bilinear by 2, then a 1x1 conv.
-        cross_talk_from: "attended": what the other task's block 2 returns; "raw": its conv 2, without the mask.
+        cross_talk_from: "attended": the output of the other task's block 2; "raw": its conv 2, without the mask.
     """
 
     def __init__(
@@ -144,10 +144,10 @@ class MTUNet(nn.Module):
         return self.forward_with_masks(image)[0]
 
     def forward_with_masks(self, image: Tensor) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
-        """The outputs, and for each task the attention masks of its decoder blocks, deepest first.
+        """Return the outputs, and for each task the attention masks of its decoder blocks, deepest first.
 
-        Mask i is (N, widths[3 - i], H / 2**(3 - i), W / 2**(3 - i)) with values in [0, 1]; the lists are empty
-        without attention.
+        Mask i is (N, widths[3 - i], H / 2**(3 - i), W / 2**(3 - i)) with values in [0, 1]. The lists are empty without
+        attention.
         """
         check_size(image, STRIDE)
         decoders = cast("dict[str, TaskDecoder]", dict(self.decoders.items()))

@@ -9,16 +9,15 @@ from mtunet_dist.models.mtunet import DenseScope, MTUNet
 
 
 class STUNet(nn.Module):
-    """Independent MT-UNets of one task, trained side by side: what multi-task training is compared with.
+    """Independent MT-UNets of one task each, trained together: the baseline for multi-task training.
 
-    The paper says "two single task U-Net models" and no more. Our reading: each is MT-UNet with one decoder, so the
-    encoder is dense and the decoder has attention. ``dense_scope="none"`` with ``attention=False`` is a plain U-Net.
+    The paper says only "two single task U-Net models". Our reading: each is MT-UNet with one decoder, so the encoder is
+    dense and the decoder has attention. ``dense_scope="none"`` with ``attention=False`` is a plain U-Net.
 
-    ``outputs`` maps each task's name to its number of channels. ``forward(image (N, 3, H, W) float)`` returns
-    ``{task: (N, channels, H, W)}``; H and W must be multiples of 16. Raises InputError for sizes or options that do
-    not fit.
+    ``outputs`` maps each task's name to its number of channels. ``forward(image (N, 3, H, W) float)`` returns ``{task:
+    (N, channels, H, W)}``; H and W must be multiples of 16. Raises InputError for sizes or options that do not fit.
 
-    Options: as those of ``MTUNet``, but for the cross connections, which need a second task.
+    Options: as those of ``MTUNet``, without the cross connections, which need a second task.
         widths: channels of the four encoder blocks, shallowest first.
         bottleneck: channels of the bottleneck.
         dense_scope: "encoder", "block" or "none".

@@ -1,10 +1,10 @@
-"""Strict image reading: what would decode to silently wrong values (RGB labels, 8-bit depth, ...) is an error.
+"""Strict image reading: an image that would silently decode to wrong values (RGB labels, 8-bit depth, ...) is an error.
 
-PNGs carry checksums, so no damage to their pixels goes unseen. JPEGs carry none: one that was cut short is an error,
-but altered bytes within mostly decode to altered pixels, and libjpeg's warnings, which PIL swallows, would tell only
-of some of them. Nothing here can tell such a source file from a good one. Shards have checksums of their own.
+PNGs have checksums, so every damage to their pixels is found. JPEGs have none. A JPEG that was cut short is an error,
+but most altered bytes only change pixels. libjpeg's warnings, which PIL drops, would show only a part of such damage.
+So this module cannot find every damaged source JPEG. Shards have their own checksums.
 
-An image means what viewers and labelling tools show of it: it is turned and mirrored as its EXIF orientation says.
+Images are read as viewers and labelling tools show them: turned and mirrored by their EXIF orientation.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FORMATS: dict[Part, tuple[str, ...]] = {
 }
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_COLORS = {0: "gray", 2: "RGB", 3: "palette", 4: "gray+alpha", 6: "RGBA"}
-# Which pixels a PNG holds in turn: first column and row, and steps.
+# The pixels that a PNG holds in each pass: first column and row, and steps.
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 _WHOLE = ((0, 0, 1, 1),)
 _PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -42,11 +42,11 @@ _PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.er
 def decode(data: bytes, part: Part, name: str) -> np.ndarray:
     """The pixels of an encoded image, upright: uint8 (H, W, 3), uint8 (H, W) or uint16 (H, W).
 
-    Raises InputError that starts with ``name`` for another format than ``FORMATS[part]`` and for corrupt data.
+    Raises InputError that starts with ``name`` for corrupt data and for formats other than ``FORMATS[part]``.
     """
     _header(io.BytesIO(data), part, name)
     try:
-        # verify() checks the checksums that decoding skips, and spends the image object.
+        # verify() checks the checksums that decoding skips. The image object cannot be used after it.
         Image.open(io.BytesIO(data)).verify()
         image = Image.open(io.BytesIO(data))
         pixels = np.asarray(image).astype(np.uint16 if part == "depth" else np.uint8, copy=False)
@@ -58,17 +58,17 @@ def decode(data: bytes, part: Part, name: str) -> np.ndarray:
 
 
 def encode(pixels: np.ndarray, file_format: Literal["PNG", "JPEG"], **options: int | str) -> bytes:
-    """The bytes of an image file with these pixels; ``options`` as PIL's ``Image.save`` takes them."""
+    """Encode these pixels as the bytes of an image file. ``options`` are those of PIL's ``Image.save``."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, file_format, **options)
     return file.getvalue()
 
 
 def read_images(sample: SampleFiles, table: np.ndarray, hint: str = "") -> RawSample:
-    """Read the files of ``sample``: labels through ``table`` (see ``id_table``), depth as it is stored.
+    """Read the files of ``sample``: labels through ``table`` (see ``id_table``), depth as stored.
 
-    A missing part becomes all VOID or all 0. Raises InputError that names the file, or the sample and its sizes;
-    ``hint`` ends the message about a label value that the table does not have.
+    A missing part becomes all VOID or all 0. Raises InputError that names the file, or the sample and its sizes.
+    ``hint`` ends the message about a label value that is not in the table.
     """
     images = _decoded(sample)
     _check_sizes(sample.key, {part: image.shape[:2] for part, image in images.items()})
@@ -90,13 +90,14 @@ def check_headers(sample: SampleFiles) -> None:
                 sizes[part] = _header(file, part, str(path))
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(set(sizes.values())) > 1:  # a PNG's EXIF orientation may stand anywhere in it
+    if len(set(sizes.values())) > 1:  # a PNG may have its EXIF orientation at any place in the file
         sizes = {part: image.shape[:2] for part, image in _decoded(sample).items()}
     _check_sizes(sample.key, sizes)
 
 
 def resize(pixels: np.ndarray, part: Part, height: int, width: int) -> np.ndarray:
-    """Stretch to (height, width): RGB with Lanczos over the source pixels it covers (antialiased), the rest nearest."""
+    """Resize to (height, width): RGB with Lanczos over all source pixels that it covers (antialiased), the rest
+    nearest."""
     if part == "rgb":
         return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
     rows, columns = _nearest(pixels.shape[0], height), _nearest(pixels.shape[1], width)
@@ -104,7 +105,7 @@ def resize(pixels: np.ndarray, part: Part, height: int, width: int) -> np.ndarra
 
 
 def id_table(classes: Mapping[int, int], void: Iterable[int] = (), size: int = 256) -> np.ndarray:
-    """int16 (size,): label id -> class index or VOID; -1 for an id that no file may hold."""
+    """int16 (size,): label id -> class index or VOID; -1 for an id that is not allowed in a file."""
     table = np.full(size, -1, dtype=np.int16)
     table[list(classes)] = list(classes.values())
     table[list(void)] = VOID
@@ -112,9 +113,9 @@ def id_table(classes: Mapping[int, int], void: Iterable[int] = (), size: int = 2
 
 
 def to_classes(ids: np.ndarray, table: np.ndarray, name: object, hint: str = "") -> np.ndarray:
-    """Label ids -> class indices, uint8; an id beyond the table counts as its last.
+    """Label ids -> class indices, uint8. An id beyond the table counts as the table's last id.
 
-    InputError starts with ``name``, gives an id that the table does not have, and ends with ``hint``.
+    InputError starts with ``name``, gives an id that is not in the table, and ends with ``hint``.
     """
     classes = table.take(ids, mode="clip")
     if classes.min() < 0:
@@ -124,7 +125,7 @@ def to_classes(ids: np.ndarray, table: np.ndarray, name: object, hint: str = "")
 
 
 def _nearest(size: int, new_size: int) -> np.ndarray:
-    """For each of ``new_size`` pixels the source pixel under its centre."""
+    """The source pixel under the centre of each of ``new_size`` pixels."""
     return (2 * np.arange(new_size) + 1) * size // (2 * new_size)
 
 
@@ -138,13 +139,14 @@ def _decoded(sample: SampleFiles) -> dict[Part, np.ndarray]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; 1 is upright, and what a file without one has."""
+    """EXIF orientation, 1 to 8. 1 is upright, and the value for a file without one."""
     found = image.getexif().get(ExifTags.Base.Orientation, 1)
     return found if found in range(1, 9) else 1
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """``pixels`` (H, W, ...) as stored -> as shown; from 5 on rows and columns change places."""
+    """Turn stored ``pixels`` (H, W, ...) to the orientation that viewers show; from 5 on rows and columns are
+    exchanged."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -155,10 +157,11 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _header(file: BinaryIO, part: Part, name: str) -> tuple[int, int]:
-    """(H, W) by the file's header, once it says that the format is right for ``part``; of a JPEG, upright."""
+    """(H, W) from the file's header, after a check that the format is right for ``part``; for a JPEG of the upright
+    image."""
     start = file.read(26)
     if start.startswith(_PNG) and start[12:16] == b"IHDR" and len(start) == 26:
-        # PIL reads 16-bit RGB as 8-bit and cannot tell the two apart, so the header is read here.
+        # PIL reads 16-bit RGB as 8-bit and cannot tell the difference, so the header is read here.
         width, height, bits, color = struct.unpack(">IIBB", start[16:])
         found = f"{bits}-bit {_PNG_COLORS.get(color, 'unknown')} PNG"
     else:
@@ -178,9 +181,9 @@ def _header(file: BinaryIO, part: Part, name: str) -> tuple[int, int]:
 
 
 def _check_rows(png: bytes, pixels: np.ndarray) -> None:
-    """ValueError for a PNG whose data ends before its last row: PIL leaves what is missing black without a word.
+    """Raise ValueError for a PNG whose data ends before its last row. PIL silently leaves the missing part black.
 
-    Counting means decompressing again, so only an image whose last row is black, or may come earlier, is looked at.
+    The check must decompress again. So it looks only at images whose last row is black, or may be stored earlier.
     """
     interlaced = png[28] == 1
     if pixels[-1].any() and not interlaced:

@@ -1,4 +1,4 @@
-"""What a source is: a read-only view of a published dataset in the layout its authors chose."""
+"""The interface of a source: a read-only view of a published dataset in the layout that its authors chose."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mtunet_dist.errors import InputError
 from mtunet_dist.files import entries
 from mtunet_dist.schema import ClassInfo, DepthInfo
 
-KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # what tar headers and WebDataset's "key.part.ext" names can hold
+KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # names that tar headers and WebDataset's "key.part.ext" can hold
 
 
 class Sample(Protocol):
-    """What a source needs to find one sample, a small frozen dataclass; ``key`` is unique in its split."""
+    """The information by which a source finds one sample: a small frozen dataclass. ``key`` is unique in its split."""
 
     @property
     def key(self) -> str:
@@ -30,7 +30,7 @@ S = TypeVar("S", bound=Sample)
 
 @dataclass(frozen=True)
 class SampleFiles:
-    """A sample whose parts are files of their own; None where it has no such part."""
+    """A sample whose parts are separate files. A missing part is None."""
 
     key: str
     rgb: Path
@@ -41,7 +41,8 @@ class SampleFiles:
 
 @dataclass(frozen=True)
 class RawSample:
-    """Decoded: ``rgb`` uint8 (H, W, 3), ``label`` uint8 (H, W) with VOID, ``depth`` uint16 (H, W) with 0 invalid."""
+    """A decoded sample: ``rgb`` uint8 (H, W, 3), ``label`` uint8 (H, W) with VOID, ``depth`` uint16 (H, W) with 0
+    invalid."""
 
     rgb: np.ndarray
     label: np.ndarray
@@ -57,27 +58,30 @@ class Source(Protocol[S]):
 
     @property
     def depth(self) -> DepthInfo:
-        """What the ``depth`` of a ``RawSample`` means."""
+        """The meaning of the ``depth`` of a ``RawSample``."""
 
     @property
     def stamp(self) -> object:
-        """What all samples depend on beside files of their own: its ``repr`` changes when that does."""
+        """Everything that all samples depend on besides their own files. Its ``repr`` changes when the content
+        changes."""
 
     def splits(self) -> dict[str, list[S]]:
-        """The samples of each split, sorted by key. InputError for a missing folder or a file without partners."""
+        """The samples of each split, sorted by key. InputError for a missing folder or a file without its partner
+        files."""
 
     def check(self, sample: S) -> None:
         """Look for wrong formats and sizes at little cost; called from threads. Raises InputError as ``read``."""
 
     def read(self, sample: S) -> RawSample:
-        """Decode and convert one sample. InputError names the file that is not as it should be.
+        """Decode and convert one sample. InputError names a file that is not valid.
 
-        A sample without label has VOID everywhere, one without depth 0: neither then counts in that task's loss.
+        A sample without label has VOID everywhere, one without depth has 0 everywhere. It does not count in that task's
+        loss.
         """
 
 
 def list_images(folder: Path, suffixes: Sequence[str] = (".png", ".jpg", ".jpeg")) -> dict[str, Path]:
-    """The images directly in ``folder`` by stem. InputError if it is missing, empty, or a stem comes twice."""
+    """The images directly in ``folder``, by stem. InputError if it is missing or empty, or if a stem occurs twice."""
     if not folder.is_dir():
         raise InputError(f"folder {folder} does not exist")
     images: dict[str, Path] = {}
@@ -94,8 +98,8 @@ def list_images(folder: Path, suffixes: Sequence[str] = (".png", ".jpg", ".jpeg"
 def match(parts: Mapping[str, Mapping[str, Path]], optional: Collection[str] = ()) -> list[SampleFiles]:
     """Join the files of each part (a field of ``SampleFiles`` -> key -> path) into samples sorted by key.
 
-    Raises InputError that names a file whose partner is missing (unless it is of an ``optional`` part), or one whose
-    name cannot be a key.
+    Raises InputError for a file whose partner file is missing (unless its part is ``optional``), and for a file whose
+    name cannot be a key. The message names the file.
     """
     samples = []
     for key in sorted(set().union(*parts.values())):

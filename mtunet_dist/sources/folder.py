@@ -77,7 +77,7 @@ class Folder:
 
 
 def check_outside(out: Path, what: str) -> None:
-    """InputError if the output folder ``out`` lies in the folder of such a source, which would take it for a split."""
+    """Raise InputError if the output folder ``out`` lies in such a source's folder, which would read it as a split."""
     for folder in (out.resolve(), *out.resolve().parents):
         if (folder / DESCRIPTION).is_file():
             lies = f"lies in the dataset {folder} (it has a {DESCRIPTION}), which would take it for input"
@@ -85,7 +85,7 @@ def check_outside(out: Path, what: str) -> None:
 
 
 def _list(folder: Path) -> dict[str, Path]:
-    """The images of a part; none where the folder of an optional part is missing and not just misspelt."""
+    """The images of a part. Empty if the part is optional and its folder is missing (a misspelt name is an error)."""
     if folder.is_dir() or folder.name == "rgb":
         return list_images(folder)
     others = [path.name for path in entries(folder.parent) if path.is_dir() and path.name not in PARTS]
@@ -120,7 +120,7 @@ def _read_description(path: Path) -> _Description:
 
 
 def _check(description: _Description, path: Path) -> None:
-    """What YAML leaves open: types and ranges."""
+    """Check what YAML does not check: types and ranges."""
 
     def is_id(value: object) -> bool:
         return type(value) is int and 0 <= value <= 255
@@ -144,7 +144,7 @@ def _check(description: _Description, path: Path) -> None:
 
 
 def _classes(entries: list[Any], path: Path) -> tuple[ClassInfo, ...]:
-    """The classes of the list, hues spread evenly over those without a colour of their own."""
+    """The classes of the list. Classes without a colour get evenly spread hues."""
     classes = []
     for i, entry in enumerate(entries):
         hue = colorsys.hsv_to_rgb(i / len(entries), 0.75, 0.9)
@@ -164,7 +164,7 @@ def _classes(entries: list[Any], path: Path) -> tuple[ClassInfo, ...]:
 
 
 def _class_ids(description: _Description, path: Path) -> dict[int, int]:
-    """Label value -> class index. InputError where a value has no room in 8 bits, or two meanings."""
+    """Label value -> class index. InputError if a value does not fit into 8 bits or has two meanings."""
     first, count = description.label_offset, len(description.classes)
     if first + count > 256:
         raise InputError(f"{path}: label_offset {first} puts {count} classes outside 0..255")

@@ -1,6 +1,6 @@
-"""The npy files that Liu, Johns, Davison: "End-to-end multi-task learning with attention" (CVPR 2019) published.
+"""The npy files published with Liu, Johns, Davison: "End-to-end multi-task learning with attention" (CVPR 2019).
 
-Much later work trains on them. They hold NYUv2 at 288x384, and Cityscapes at 128x256 or 256x512.
+Much later work trains on them. They contain NYUv2 at 288x384, and Cityscapes at 128x256 or 256x512.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mtunet_dist.sources.cityscapes import class_set
 from mtunet_dist.sources.nyuv2 import CLASSES
 
 CITYSCAPES: dict[str, Literal[2, 7, 19]] = {"label_2": 2, "label_7": 7, "label_19": 19}
-ROUNDING = 1e-3  # by which resizing in float may overshoot 1
+ROUNDING = 1e-3  # resizing in float may exceed 1 by this
 
 
 class MTAN:
@@ -59,7 +59,7 @@ class MTAN:
 
     def read(self, sample: SampleFiles) -> RawSample:
         """See ``Source.read``."""
-        # Read, not mapped: a map of a file that is cut short ends the process with SIGBUS, with no word.
+        # Read, not mapped: if a mapped file is cut short, SIGBUS ends the process without a message.
         image, label, depth = _arrays(sample, _loaded)
         return RawSample(
             _rgb(image, f"{sample.rgb}"),
@@ -69,7 +69,7 @@ class MTAN:
 
 
 def _list(folder: Path) -> dict[str, Path]:
-    """The arrays in ``folder`` by key: their number, in four digits or more."""
+    """The arrays in ``folder`` by key. The key is their number with four or more digits."""
     if not folder.is_dir():
         raise InputError(f"folder {folder} does not exist")
     files = {}
@@ -83,7 +83,7 @@ def _list(folder: Path) -> dict[str, Path]:
 
 
 def _arrays(sample: SampleFiles, get: Callable[[Path], np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image, label and depth as ``get`` has them, their shapes checked."""
+    """Image, label and depth from ``get``, with a check of their shapes."""
     assert sample.label is not None and sample.depth is not None
     image, label, depth = (get(path) for path in (sample.rgb, sample.label, sample.depth))
     if image.ndim != 3 or image.shape[2] != 3:
@@ -97,7 +97,7 @@ def _arrays(sample: SampleFiles, get: Callable[[Path], np.ndarray]) -> tuple[np.
 
 
 def _mapped(path: Path) -> np.ndarray:
-    """Only the header is read."""
+    """Read only the header."""
     return _numbers(path, lambda: np.lib.format.open_memmap(path, mode="r"))
 
 
@@ -118,9 +118,9 @@ def _numbers(path: Path, read: Callable[[], np.ndarray]) -> np.ndarray:
 
 
 def _rgb(image: np.ndarray, name: str) -> np.ndarray:
-    """Image of 0..1 or 0..255 -> uint8; InputError where it cannot be told which."""
+    """Image of 0..1 or 0..255 -> uint8. InputError if the range is unclear."""
     low, high = float(image.min()), float(image.max())
-    if not (low >= 0 and high <= 255):  # so that NaN is wrong
+    if not (low >= 0 and high <= 255):  # NaN must fail too
         raise InputError(f"{name}: values from {low:g} to {high:g}; expected 0..1 or 0..255")
     unit = image.dtype.kind == "f" and high < 2
     if unit and (high > 1 + ROUNDING or (high == 1 and np.isin(image, (0, 1)).all())):

@@ -78,7 +78,7 @@ class NYUv2Mat:
 
     @property
     def stamp(self) -> list[int]:
-        """Size and time of the last change of the file that holds all samples."""
+        """Size and modification time of the file that holds all samples."""
         try:
             found = self.path.stat()
         except OSError as error:
@@ -94,7 +94,8 @@ class NYUv2Mat:
         return with_validation(train, test, self.val)
 
     def check(self, sample: ImageNumber) -> None:
-        """See ``Source.check``. The file tells shapes and types once for all, and ``splits`` has checked them."""
+        """See ``Source.check``. Nothing to do: ``splits`` has checked the shapes and types, which are the same for all
+        samples."""
 
     def read(self, sample: ImageNumber) -> RawSample:
         """See ``Source.read``."""
@@ -108,7 +109,7 @@ class NYUv2Mat:
 
     @functools.cached_property
     def _file(self) -> h5py.File:
-        """The open file; each process opens its own. Not locked: network disks may not be able to."""
+        """The open file. Each process opens its own. It is not locked, because network disks may not support locks."""
         try:
             return h5py.File(self.path, "r", locking=False, rdcc_nbytes=CACHE_BYTES)
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""DeepSpeed's settings: those that follow from a run's config, and a user's JSON on top of them."""
+"""DeepSpeed's settings: those that follow from a run's config, and a user's JSON file on top of them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ BUCKET = 25_000_000  # numbers, 100 MB in float32; MT-UNet at full width has 70 
 
 
 def settings(config: Config, world_size: int, *, stage: int, offload_optimizer: bool, config_file: str) -> Settings:
-    """What ``deepspeed.initialize`` takes as its config.
+    """The config for ``deepspeed.initialize``.
 
     Raises InputError for options that do not fit together, and for a value in ``config_file`` that contradicts
-    one of ``config``.
+    ``config``.
     """
     if stage not in STAGES:
         raise InputError(f"strategy.stage={stage} is no stage of ZeRO. Available: {', '.join(map(str, STAGES))}")
     if offload_optimizer and stage == 0:
         raise InputError("strategy.offload_optimizer=true needs strategy.stage=1, 2 or 3")
     if config.compile and stage == 3:
-        # DeepSpeed's hooks around every layer break the graph there: slower than no compilation at all.
+        # DeepSpeed's hooks around every layer break the compiled graph, which is then slower than no compilation.
         raise InputError("compile=true leaves nothing to compile under strategy.stage=3; choose stage 0, 1 or 2")
     ours = _of_config(config, world_size, stage, offload_optimizer)
     result: Settings = {}
@@ -39,15 +39,15 @@ def settings(config: Config, world_size: int, *, stage: int, offload_optimizer: 
         _put(result, key, value)
     if config_file:
         for key, value in leaves(_read(Path(config_file))):
-            if value != "auto":  # as in files made for other trainers: "take it from your own config"
+            if value != "auto":  # files for other trainers use it for "take it from your own config"
                 _check(config_file, key, value, ours)
                 _put(result, key, value)
     return result
 
 
 def _defaults(stage: int) -> Settings:
-    """What a user's file may change. DeepSpeed's own buckets hold more than the whole network, so that its reduction
-    would begin when the backward pass is over."""
+    """Defaults that a user's file may change. DeepSpeed's own default buckets are larger than the whole network, so its
+    reduction would start only after the backward pass."""
     if stage not in (1, 2):
         return {}
     sizes = {f"zero_optimization.{name}_bucket_size": BUCKET for name in ("reduce", "allgather")}
@@ -55,7 +55,7 @@ def _defaults(stage: int) -> Settings:
 
 
 def _of_config(config: Config, world_size: int, stage: int, offload_optimizer: bool) -> dict[str, tuple[Any, str]]:
-    """Dotted key: its value, and the key of our config that decides it."""
+    """Dotted key -> its value, and the key of our config that decides it."""
     accumulate = config.optim.accumulate
     following: dict[str, tuple[Any, str]] = {
         "train_batch_size": (config.batch_size, "batch_size"),
@@ -64,13 +64,13 @@ def _of_config(config: Config, world_size: int, stage: int, offload_optimizer: b
             f"batch_size / ({world_size} processes x optim.accumulate)",
         ),
         "gradient_accumulation_steps": (accumulate, "optim.accumulate"),
-        "gradient_clipping": (config.optim.clip_norm, "optim.clip_norm"),  # 1.0 where it is not given
+        "gradient_clipping": (config.optim.clip_norm, "optim.clip_norm"),  # DeepSpeed's default is 1.0
         "zero_optimization.stage": (stage, "strategy.stage"),
-        # Our optimisers are torch's, whatever the stage.
+        # All stages use torch's optimisers.
         "zero_allow_untested_optimizer": (True, "optim.name"),
         "zero_force_ds_cpu_optimizer": (False, "optim.name"),
     }
-    # Precision is MultiTaskStep's own autocast over float32 weights; DeepSpeed sees float32 alone.
+    # MultiTaskStep's own autocast over float32 weights sets the precision; DeepSpeed sees only float32.
     for section in ("fp16", "bf16", "torch_autocast"):
         following[f"{section}.enabled"] = (False, "precision")
     if offload_optimizer:
@@ -78,7 +78,7 @@ def _of_config(config: Config, world_size: int, stage: int, offload_optimizer: b
     return following
 
 
-# What a user's file may not name at all, and where it is said instead.
+# Keys that a user's file may not set, and the key of our config for each.
 _SAID_ELSEWHERE = {
     "optimizer": "optim.name",
     "scheduler": "optim.schedule",
@@ -88,7 +88,7 @@ _SAID_ELSEWHERE = {
 
 
 def _check(file: str, key: str, value: Any, ours: dict[str, tuple[Any, str]]) -> None:
-    """Refuse ``value`` if it contradicts ours."""
+    """Raise InputError if ``value`` contradicts our config."""
     where = f"strategy.config_file={file}: {key}={json.dumps(value)}"
     if key in ours:
         expected, origin = ours[key]

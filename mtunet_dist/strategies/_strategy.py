@@ -1,4 +1,5 @@
-"""What a strategy is: it owns wrapping, gradients and the optimiser; the training loop owns everything else."""
+"""The interface of a strategy: it does wrapping, gradients and the optimiser. The training loop does everything
+else."""
 
 from __future__ import annotations
 
@@ -15,39 +16,41 @@ class Strategy(Protocol):
     """``PLUGIN(step, config, device, **options)``."""
 
     module: MultiTaskStep
-    """The bare module. Its buffers are whole on every rank, its parameters perhaps only in ``whole``."""
+    """The bare module. Every rank has all its buffers, but perhaps all its parameters only in ``whole``."""
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run the step on one micro-batch: total loss, and the losses per task."""
+        """Run the step on one micro-batch. Returns the total loss and the losses per task."""
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Around forward and backward of one micro-batch; gradients are reduced only with the ``last``."""
+        """Context around forward and backward of one micro-batch. Gradients are reduced only with ``last``."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of ``loss``."""
 
     def apply(self, lr: float) -> Tensor:
-        """Clip, step, forget the gradients; returns their norm before clipping, a scalar on the device."""
+        """Clip, step and clear the gradients. Returns their norm before clipping, a scalar on the device."""
 
     @property
     def loss_scale(self) -> float:
-        """What the loss is multiplied by before the backward pass, 1 if not fp16; asking waits for the device."""
+        """The factor of the loss before the backward pass, 1 if not fp16. Reading it waits for the device."""
 
     def whole(self) -> AbstractContextManager[MultiTaskStep]:
-        """A module with all weights and buffers as they are now, to evaluate with; entered on every rank."""
+        """A module with all current weights and buffers, for evaluation. Every rank enters it."""
 
     def save(self) -> dict[str, Any]:
-        """State of the module, optimiser and loss scaler on rank 0, nothing elsewhere; called on every rank.
+        """The state of the module, optimiser and loss scaler on rank 0, and None on other ranks. Every rank calls it.
 
-        All strategies write and read one form, whatever the number of ranks: ``model`` is the state dict of the bare
-        module, ``optimizer`` what ``optim.named_state`` returns, ``scaler`` the state of a ``torch.amp.GradScaler``.
+        All strategies write and read the same form for any number of ranks: ``model`` is the state dict of the bare
+        module, ``optimizer`` is the result of ``optim.named_state``, ``scaler`` is the state of a
+        ``torch.amp.GradScaler``.
         """
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of this rank that ``save`` makes its state of, by name, as it lies; nothing is gathered."""
+        """All tensors of this rank from which ``save`` makes its state, by name, in their own layout. Nothing is
+        gathered."""
 
     def load(self, state: dict[str, Any]) -> None:
-        """Restore what ``save`` of any strategy returned on rank 0; called with the same state on every rank."""
+        """Restore a state that ``save`` of any strategy returned on rank 0. Every rank calls it with the same state."""
 
     def close(self) -> None:
-        """Give back what the strategy holds outside itself."""
+        """Free the resources that the strategy holds outside itself."""

@@ -37,7 +37,7 @@ class DDPStrategy:
         static_graph: bool = False,
         compress: Literal["none", "bf16"] = "none",
     ) -> None:
-        # Strides must be final before DDP copies them into its buckets; later the first gradient would be wrong.
+        # Strides must be final before DDP copies them into its buckets. Otherwise the first gradient would be wrong.
         self.module = place(step, device, config.channels_last)
         self.clip_norm = config.optim.clip_norm
         self.optimizer = optim.build_optimizer(self.module, config.optim)
@@ -49,8 +49,8 @@ class DDPStrategy:
             self.wrapped = DistributedDataParallel(
                 self.module,
                 device_ids=[device.index] if device.type == "cuda" else None,
-                # Running statistics are averaged before evaluation and saving instead of broadcast every step;
-                # a broadcast would also overwrite each rank's own loss statistics.
+                # Running statistics are averaged before evaluation and saving, not broadcast at every step. A broadcast
+                # would also overwrite each rank's own loss statistics.
                 forward_sync_buffers=False,
                 bucket_cap_mb=bucket_cap_mb,
                 gradient_as_bucket_view=gradient_as_bucket_view,
@@ -65,12 +65,13 @@ class DDPStrategy:
         return result
 
     def _settle_buckets(self, device: torch.device) -> None:
-        """Have DDP sort its gradient buckets, which it does once, after the first backward pass of a process.
+        """Make DDP sort its gradient buckets. It does this once per process, after the first backward pass.
 
-        The order of the sums over three ranks or more depends on it, so a resumed run would drift from one that went
-        through. In evaluation mode the pass leaves nothing behind: no statistics, no random numbers, no losses noted.
+        With three or more ranks, the order of the sums depends on the sorting, so a resumed run would drift from an
+        uninterrupted one. The pass runs in evaluation mode and changes nothing: no statistics, random numbers or
+        losses.
         """
-        size = 64  # one that all models take
+        size = 64  # all models accept it
         batch = {
             "image": torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device),
             "segmentation": torch.zeros(1, size, size, dtype=torch.uint8, device=device),
@@ -131,7 +132,7 @@ class DDPStrategy:
 
 
 def _mean_in_bf16(bucket: Any) -> torch.futures.Future[Tensor]:
-    """The mean over ranks of a bucket of gradients. torch's own hook of this kind refuses gloo."""
+    """The mean over ranks of a bucket of gradients. torch's own hook for this does not support gloo."""
     halved = bucket.buffer().bfloat16().div_(distributed.world_size())
     work = dist.all_reduce(halved, async_op=True)
     assert work is not None

@@ -1,8 +1,8 @@
-"""DeepSpeed: ZeRO stages 0 to 3, started by torchrun like everything else.
+"""DeepSpeed: ZeRO stages 0 to 3, started by torchrun like every other training.
 
-The optimiser, precision and checkpoints are ours (torch's optimiser, ``MultiTaskStep``'s autocast over float32
-weights, ``Strategy.save``); of DeepSpeed we take the reduction of gradients, and the partition over ranks of the
-optimiser's state (stage 1), of the gradients (2) and of the weights (3).
+The optimiser, precision and checkpoints are ours (torch's optimiser, ``MultiTaskStep``'s autocast over float32 weights,
+``Strategy.save``). DeepSpeed reduces the gradients, and partitions over ranks the optimiser's state (stage 1), the
+gradients (2) and the weights (3).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mtunet_dist.strategies._loss_scale import LossScale
 class DeepSpeedStrategy:
     """Gradients averaged, and training state partitioned, by DeepSpeed.
 
-    Weights are kept contiguous whatever ``channels_last`` says, because DeepSpeed lays them out flat; images in
+    Weights stay contiguous even with ``channels_last``, because DeepSpeed lays them out flat; images in
     channels-last memory make the activations channels-last all the same.
 
     Options:
@@ -59,13 +59,13 @@ class DeepSpeedStrategy:
         )
         self.deepspeed = _import_deepspeed(device)
         self.device, self.channels_last, self.stage = device, config.channels_last, stage
-        self.unpartitioned = copy.deepcopy(step).cpu() if stage == 3 else None  # on the device in ``whole`` alone
+        self.unpartitioned = copy.deepcopy(step).cpu() if stage == 3 else None  # on the device only in ``whole``
         self.module = place(step, device, channels_last=False)
         self.optimizer = optim.build_optimizer(self.module, config.optim)
         self.scale = LossScale(enabled=config.precision == "fp16")
         self.own_group = _ensure_group(device)
         try:
-            # ``zero`` is DeepSpeed's optimiser around ours, or ours itself at stage 0.
+            # ``zero`` is DeepSpeed's optimiser around ours. At stage 0 it is ours itself.
             self.engine, self.zero, _, _ = self.deepspeed.initialize(
                 model=self.module, optimizer=self.optimizer, config=given, dist_init_required=False
             )
@@ -84,7 +84,7 @@ class DeepSpeedStrategy:
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        # The loop has divided by the number of micro-batches already.
+        # The loop has already divided by the number of micro-batches.
         if self.stage == 0:
             self.engine.backward(self.scale.value * loss if self.scale.enabled else loss, scale_wrt_gas=False)
             return
@@ -101,7 +101,8 @@ class DeepSpeedStrategy:
         return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
 
     def _apply_unpartitioned(self) -> Tensor:
-        """``apply`` at stage 0, where DeepSpeed neither tells the norm nor scales the loss of float32 weights."""
+        """``apply`` at stage 0, where DeepSpeed does not return the norm and does not scale the loss of float32
+        weights."""
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         if self.scale.enabled:
             torch._foreach_mul_(gradients, 1 / self.scale.value)
@@ -155,7 +156,7 @@ class DeepSpeedStrategy:
                 continue
             begin = 0
             for parameter in parameters:
-                part, own = _share(parameter)  # behind what is its own lies padding that nobody has written
+                part, own = _share(parameter)  # the padding after this rank's own part is uninitialised
                 mine = slice(begin, begin + own)
                 begin += len(part)
                 yield names[parameter], part[:own]
@@ -176,18 +177,19 @@ class DeepSpeedStrategy:
 
     def close(self) -> None:
         if self.own_group:
-            distributed.leave(self.deepspeed.comm.destroy_process_group)  # forgets what DeepSpeed keeps of it, too
+            distributed.leave(self.deepspeed.comm.destroy_process_group)  # also clears DeepSpeed's own state
             self.own_group = False
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter by name, whole on every rank until the next is asked for."""
+        """Yield each parameter by name. It is whole on every rank until the next one is asked for."""
         for name, parameter in self.module.named_parameters():
             whole = self.deepspeed.zero.GatheredParameters([parameter]) if self.stage == 3 else nullcontext()
             with whole:
                 yield name, parameter.detach()
 
     def _load_partitioned_weights(self, model: dict[str, Tensor]) -> None:
-        """The model's state dict into weights in parts, and the copies of the parts that the optimiser works on."""
+        """Load the model's state dict into partitioned weights, and into the copies of the parts that the optimiser
+        updates."""
         assert self.unpartitioned is not None
         self.unpartitioned.load_state_dict(model)  # refuses other names and shapes
         with torch.no_grad():
@@ -201,13 +203,14 @@ class DeepSpeedStrategy:
                 buffer.copy_(model[name])
 
     def _partitions(self) -> list[tuple[list[nn.Parameter], nn.Parameter]]:
-        """Groups of parameters, each with this rank's part of them: the one flat tensor that the optimiser updates."""
+        """Groups of parameters, each with this rank's part of it: the single flat tensor that the optimiser updates."""
         if self.stage == 3:
             return list(zip(self.zero.fp16_groups, self.zero.fp32_partitioned_groups_flat, strict=True))
         return list(zip(self.zero.bit16_groups, self.zero.single_partition_of_fp32_groups, strict=True))
 
     def _link(self) -> None:
-        """Let DeepSpeed find each parameter's share of the flat states; by itself it does so for one group only."""
+        """Let DeepSpeed find the share of each parameter in the flat states. By default it finds those of one group
+        only."""
         if self.stage < 3:
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
@@ -254,41 +257,42 @@ class DeepSpeedStrategy:
 
 
 def _copy(value: Tensor) -> Tensor:
-    """On the CPU, in memory of its own: a view of a flat buffer would take the buffer into the checkpoint."""
+    """A copy on the CPU. A view would take the whole flat buffer into the checkpoint."""
     return value.detach().to("cpu", copy=True)
 
 
 def _share(parameter: Any) -> tuple[Tensor, int]:
-    """This rank's flat part of a parameter of stage 3, and how many of its first numbers are the parameter's."""
+    """This rank's flat part of a stage-3 parameter, and how many of its first numbers belong to the parameter."""
     size = parameter.ds_tensor.numel()
     return parameter.ds_tensor, min(max(parameter.ds_numel - distributed.rank() * size, 0), size)
 
 
 def _part(parameter: Any, value: Tensor) -> Tensor:
-    """This rank's share, flat, of the full ``value`` of a parameter of stage 3; the last share is padded with zeros."""
+    """This rank's flat share of the full ``value`` of a stage-3 parameter. The last share is padded with zeros."""
     size = parameter.ds_tensor.numel()
     share = value.flatten()[distributed.rank() * size :][:size]
     return nn.functional.pad(share, (0, size - share.numel()))
 
 
 def _import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed for ``device``, quiet, and without the shared-memory operator that it compiles for a minute at start.
+    """DeepSpeed for ``device``, quiet, without the shared-memory operator that takes a minute to compile at the start.
 
-    The import happens here because it asks the environment which accelerator there is.
+    The import is here because it reads from the environment which accelerator to use.
     """
     os.environ["DS_ACCELERATOR"] = device.type
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # it insists, even where nobody launched us
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # it requires a rank, even without a launcher
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-    # DeepSpeed calls by their old names what torch has renamed, and torch says so at every step.
+    # DeepSpeed uses old names of torch, and torch warns of them at every step.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed
 
 
 def _ensure_group(device: torch.device) -> bool:
-    """DeepSpeed needs a process group even for one process; whether it had to be made."""
+    """Make sure that there is a process group: DeepSpeed needs one even for one process. Returns whether it was made
+    here."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if distributed.is_on():
