@@ -1,15 +1,15 @@
 #!/bin/bash
-# Bring what gpu_check.py needs to a machine that has torch, a GPU and no network.
+# Carry the packages for gpu_check.py to a machine that has torch and a GPU but no network.
 #
 #   benchmarks/gpu_carry.sh pack DIR [PYTHON]   here: fetch wheels for that Python (default 3.12) into parts of 60 MiB
 #   benchmarks/gpu_carry.sh unpack DIR          there, with the parts in DIR: join them and install, dependencies left out
 #
-# A part is named part_aa, part_ab, ... They may come one by one, in any order; unpack says if their checksum is wrong.
+# The parts are named part_aa, part_ab, ... They may arrive in any order. unpack reports a wrong checksum.
 set -euo pipefail
 command=${1:?pack or unpack} dir=${2:?a folder} python=${3:-3.12}
 here=$(cd "$(dirname "$0")/.." && pwd)
 
-# DALI and what it decodes with, then small packages of Python.
+# DALI with its decoders, then small Python packages.
 wheels=(
   nvidia-dali-cuda130 nvidia-nvimgcodec-cu13 nvidia-libnvcomp-cu13 nvidia-nvjpeg nvidia-nvjpeg2k-cu13 nvidia-nvtiff-cu13
   omegaconf antlr4-python3-runtime pyyaml rich markdown-it-py mdurl pygments pillow psutil safetensors tensorboard absl-py
@@ -22,7 +22,7 @@ case $command in
     mkdir -p "$dir/wheels"
     for name in "${wheels[@]}"; do
       wanted=$(grep -i "^$name==" "$here/constraints.txt" || true)
-      [[ -n $wanted ]] || continue # the pinned set does without it
+      [[ -n $wanted ]] || continue # not in the pinned set
       pip download --quiet --no-deps --only-binary=:all: --python-version "$python" --dest "$dir/wheels" "$wanted"
     done
     tar -C "$dir" -cf "$dir/wheels.tar" wheels

@@ -4,7 +4,7 @@ set -euo pipefail
 script=$1
 shift
 
-# What torch counts: CUDA_VISIBLE_DEVICES if it is set, or else the GPUs themselves, without the parts of a divided one.
+# Count GPUs as torch does: CUDA_VISIBLE_DEVICES if it is set, else the GPUs without the parts of a divided GPU.
 if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
   gpus=${CUDA_VISIBLE_DEVICES//,/$'\n'}
 else
