@@ -1,4 +1,4 @@
-"""How the agents of a job meet: torch's two ways, each with what it lacks for a job that is started again."""
+"""How the agents of a job meet: torch's two rendezvous, with the additions that a restarted job needs."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-LAST_CALL_S = 15  # that the least number of nodes waits for more, here and after the loss of one
+LAST_CALL_S = 15  # seconds that the least number of nodes waits for more, here and after a node is lost
 
 
 class Dynamic(DynamicRendezvousHandler):
-    """c10d: nodes come and go, ranks follow the order of the nodes' addresses."""
+    """c10d: nodes may join and leave; ranks follow the order of the nodes' addresses."""
 
-    _lost = False  # the connection; torch would print the stack at every other try
+    _lost = False  # the connection is lost; otherwise torch would print the stack at every second try
 
     def num_nodes_waiting(self) -> int:
-        """Nodes that want to join; none once the head's agent has gone.
+        """The number of nodes that want to join. 0 once the head's agent has gone.
 
-        It goes when its processes have ended. Those of this node are then ending too, by themselves and with an exit
-        code of their own; torch's agent would take the lost connection for its own failure and end them first.
+        The head's agent goes when its processes have ended. The processes of this node are then ending too, with their
+        own exit code. torch's agent would count the lost connection as its own failure and end them first.
         """
         if not self._lost:
             try:
@@ -42,10 +42,10 @@ class Dynamic(DynamicRendezvousHandler):
 
 
 class Static(StaticTCPRendezvous):
-    """static: a fixed number of nodes, with ranks as given. All must restart equally often, which a failure sees to.
+    """static: a fixed number of nodes, with given ranks. All must restart equally often; a failure ends all of them.
 
-    torch's own hands the processes the agents' store, with the keys of the ones that have failed (see agent.py), and
-    knows no end: here each round has a store of its own, and a node that gives up says so to the others.
+    torch's own version gives the processes the agents' store, with the keys of failed processes (see agent.py), and
+    cannot be closed. Here each round has its own store, and a node that gives up tells the others.
     """
 
     def __init__(self, host: str, port: int, rank: int, nodes: int, run_id: str, timeout_s: int, address: str) -> None:
@@ -55,11 +55,11 @@ class Static(StaticTCPRendezvous):
 
     @property
     def use_agent_store(self) -> bool:
-        """No."""
+        """False: the processes have their own store."""
         return False
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Join the next round; the node of rank 0 says where the processes will meet."""
+        """Join the next round. The node of rank 0 tells the others where the processes meet."""
         if self.is_closed():
             raise RendezvousClosedError
         try:
@@ -75,16 +75,16 @@ class Static(StaticTCPRendezvous):
         """Whether a node has given up."""
         with suppress(DistError):
             return self._store is not None and PrefixStore(self.run_id, self._store).check(["closed"])
-        return True  # the store has gone, and with it the head
+        return True  # the store has gone together with the head
 
     def set_closed(self) -> None:
-        """Give up, for all nodes."""
+        """Give up for all nodes."""
         if self._store is not None:
             with suppress(DistError):
                 PrefixStore(self.run_id, self._store).set("closed", "1")
 
     def shutdown(self) -> bool:
-        """The same."""
+        """Give up for all nodes."""
         self.set_closed()
         return True
 
@@ -92,7 +92,7 @@ class Static(StaticTCPRendezvous):
 def dynamic(
     endpoint: str, *, is_host: bool, nodes: tuple[int, int], run_id: str, address: str, timeout_s: int
 ) -> RendezvousHandler:
-    """A c10d rendezvous of ``nodes`` (least, most) whose store is served, or not, by this process.
+    """A c10d rendezvous of ``nodes`` (least, most). With ``is_host`` this process serves its store.
 
     Raises RendezvousConnectionError if there is no connection.
     """

@@ -1,4 +1,4 @@
-"""What a network must beat: the best prediction that never looks at the image."""
+"""The baseline for a network: the best prediction without a look at the image."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ MAX_SAMPLES = 500
 class ConstantPredictor:
     """Predicts one class and one depth everywhere: the most frequent and the median of the training split.
 
-    Both are taken from at most ``MAX_SAMPLES`` evenly spaced samples, so a large set costs seconds. One that cannot
-    be decoded raises InputError, or with ``on_error`` ``skip`` is left out.
+    Both come from at most ``MAX_SAMPLES`` evenly spaced samples, so that a large set takes only seconds. A sample that
+    cannot be decoded raises InputError, or with ``on_error`` ``skip`` is left out.
     """
 
     def __init__(self, tasks: Sequence[Task], train: Split, on_error: OnError = "stop") -> None:

@@ -1,4 +1,4 @@
-"""Pictures: what the network saw, said and should have said, as one sheet of tiles."""
+"""Pictures: the image, the prediction and the truth, as one sheet of tiles."""
 
 from __future__ import annotations
 

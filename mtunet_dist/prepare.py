@@ -34,7 +34,7 @@ from mtunet_dist.schema import class_problem
 from mtunet_dist.sources._source import Sample, Source
 from mtunet_dist.sources.folder import check_outside
 
-MAX_BAD = 10  # bad samples that end the work, and that are listed
+MAX_BAD = 10  # this many bad samples end the work, and the message lists them
 
 
 def prepare(
@@ -53,13 +53,14 @@ def prepare(
 ) -> PreparedDataset:
     """Write the samples of ``source`` (a plugin name with its ``options``) at ``root`` to the folder ``out``.
 
-    With ``stored`` ``source`` the samples are checked, counted and listed, but stay where they are, at full size.
+    With ``stored`` ``source`` the samples are checked, counted and listed, but stay in the source at full size.
 
-    ``workers`` processes make a shard each at a time; 0 works in this process. The bytes do not depend on it. Where
-    ``out`` already holds the dataset, only those shards are made whose files in the source have changed since.
+    ``workers`` processes make one shard each at a time; with 0 this process does the work. The bytes do not depend on
+    the number. If ``out`` already holds the dataset, only shards whose source files have changed are made again.
 
-    Raises InputError that names each bad file (the first ten), or what differs when ``out`` holds another dataset, if
-    one of ``root`` and ``out`` lies in the other, and if another process is writing to ``out``.
+    Raises InputError that names each bad file (the first ten), or the differing settings if ``out`` holds another
+    dataset. Also raises it if one of ``root`` and ``out`` lies in the other, or if another process is writing to
+    ``out``.
     """
     console, out = Console(highlight=False), Path(out)
     _check_apart(Path(root), out)
@@ -93,7 +94,7 @@ def _say(console: Console, text: str) -> None:
 
 
 def _check_apart(root: Path, out: Path) -> None:
-    """Refuse an ``out`` that would become input of a later run, or that cannot be deleted without its source."""
+    """Raise InputError if a later run would read ``out`` as input, or if ``out`` and its source lie in one another."""
     source, target = root.resolve(), out.resolve()
     if source in (target, *target.parents):
         raise InputError(f"OUT {out} lies in ROOT {root}, where it would be taken for input; choose a folder outside")
@@ -103,7 +104,7 @@ def _check_apart(root: Path, out: Path) -> None:
 
 
 def _there(out: Path, settings: Settings) -> DatasetInfo | None:
-    """The complete dataset in ``out``, if there is one; InputError if it is one of other settings."""
+    """The complete dataset in ``out``, or None. InputError if its settings differ."""
     if not (out / INFO_FILE).is_file():
         return None
     info = PreparedDataset(out).info
@@ -116,17 +117,17 @@ def _there(out: Path, settings: Settings) -> DatasetInfo | None:
 
 
 def _is_current(out: Path, settings: Settings, tasks: Sequence[ShardTask]) -> bool:
-    """Whether ``out`` holds the whole dataset, and nothing that it was made from has changed as far as is known."""
+    """Whether ``out`` holds the whole dataset and, as far as is known, no source file has changed."""
     info = _there(out, settings)
     return info is not None and changed(info, tasks) is None
 
 
 def _work(tasks: list[ShardTask], workers: int, console: Console) -> None:
-    """Make what is missing, and what has changed in the source, of a dataset that may be complete already."""
+    """Make the missing and the changed shards of a dataset, which may already be complete."""
     settings, out = tasks[0].settings, tasks[0].out
     try:
         with lock_folder(out, f"another process is preparing {out}"):
-            if _is_current(out, settings, tasks):  # that one may have ended meanwhile
+            if _is_current(out, settings, tasks):  # the other process may have finished it
                 return
             before = _there(out, settings)
             if before is not None:
@@ -138,7 +139,7 @@ def _work(tasks: list[ShardTask], workers: int, console: Console) -> None:
 
 
 def _forget(out: Path, info: DatasetInfo) -> None:
-    """Take away what makes ``out`` complete; shards stay where a sidecar tells what they were made from."""
+    """Remove what makes ``out`` complete. Shards stay if a sidecar tells their source files."""
     (out / INFO_FILE).unlink()
     for split, described in info.splits.items():
         (out / index_name(split)).unlink(missing_ok=True)
@@ -148,7 +149,7 @@ def _forget(out: Path, info: DatasetInfo) -> None:
 
 
 def _check(source: Source[Any], samples: list[Sample]) -> None:
-    """Fail on wrong formats and sizes before the long work starts. Threads hide the latency of network disks."""
+    """Find wrong formats and sizes before the long work starts. Threads hide the latency of network disks."""
 
     def problem(sample: Sample) -> str | None:
         try:
@@ -162,7 +163,7 @@ def _check(source: Source[Any], samples: list[Sample]) -> None:
 
 
 def _raise_bad(messages: list[str]) -> None:
-    """InputError with a line for each of the first bad samples, if there is any."""
+    """Raise InputError with one line for each of the first bad samples, if there are any."""
     if len(messages) == 1:
         raise InputError(messages[0])
     if messages:
@@ -171,15 +172,15 @@ def _raise_bad(messages: list[str]) -> None:
 
 
 def _make_shards(tasks: list[ShardTask], workers: int, console: Console) -> dict[Path, ShardResult]:
-    """Make the shards that an earlier run has not finished; all results by shard path.
+    """Make the shards that an earlier run has not finished. Returns all results by shard path.
 
-    Goes on after a bad sample to find others, until ``MAX_BAD`` are known; good shards are kept for the next run.
+    After a bad sample it continues to find others, until ``MAX_BAD`` are known. Good shards stay for the next run.
     """
     results = {task.path: result for task in tasks if (result := finished(task))}
     if results:
         console.print(f"{len(results)} of {len(tasks)} shards are there from an earlier run")
     kept = {task.sidecar for task in tasks if task.path in results}
-    for sidecar in set(tasks[0].out.glob(f"*{SIDECAR}")) - kept:  # of other settings, or of a shard since damaged
+    for sidecar in set(tasks[0].out.glob(f"*{SIDECAR}")) - kept:  # from other settings, or of a damaged shard
         sidecar.with_suffix("").unlink(missing_ok=True)
         sidecar.unlink()
     todo = [task for task in tasks if task.path not in results]
@@ -227,7 +228,7 @@ def _complete(tasks: list[ShardTask], results: Mapping[Path, ShardResult]) -> No
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Remove the lock of a complete dataset, and what killed runs left half-written."""
+    """Remove the lock of a complete dataset, and half-written files of killed runs."""
     for pattern in ("*.tmp", LOCK):
         for path in out.glob(pattern):
             path.unlink(missing_ok=True)  # another process may be doing the same

@@ -1,4 +1,4 @@
-"""Train, measure and draw what the paper's tables and figures show: ``python -m mtunet_dist.reproduce table2``.
+"""Train, measure and draw the paper's tables and figures: ``python -m mtunet_dist.reproduce table2``.
 
 Each training is an ordinary run folder, made by a process of its own; the same command goes on where it was stopped,
 trains nothing twice, and passes over a training that fails (exit code 1). ``docs/paper.md`` says what each is.
@@ -36,22 +36,22 @@ CLAIMS = "claims"
 
 
 class Reproduction:
-    """Tables and figures, by name of ``TARGETS``, and the trainings they need. Raises InputError as ``plan``."""
+    """Tables and figures, by name of ``TARGETS``, and their trainings. Raises InputError as ``plan``."""
 
     def __init__(self, targets: Mapping[str, Target], setup: Setup) -> None:
         self.setup = setup
         self.targets = targets
         self.plans = {name: plan(target, setup) for name, target in targets.items()}
-        # Tables and figures share trainings: a run folder is one.
+        # Tables and figures share trainings, so each run folder counts once.
         self.trainings = {t.dir: t for trainings in self.plans.values() for t in trainings}
         self.failures: dict[Path, str] = {}
         self.ended = 0
 
     def run(self, launcher: Launcher) -> None:
-        """Train what is not trained yet; after each training write the tables it is in, in the end the figures.
+        """Run the trainings that are not finished. After each one write its tables; at the end draw the figures.
 
-        Raises PreemptedError if one of ``STOPPED_BY`` comes, or the terminal goes, while trainings run; they then leave
-        checkpoints.
+        If one of ``STOPPED_BY`` comes, or the terminal closes, running trainings write checkpoints, and PreemptedError
+        is raised.
         """
         todo = [t for t in self.trainings.values() if t.metrics is None]
         say(f"{len(self.trainings)} trainings, {len(self.trainings) - len(todo)} of them finished; in {self.setup.out}")
@@ -80,7 +80,7 @@ class Reproduction:
                 self.write(name)
 
     def write(self, name: str) -> Path:
-        """Write the table ``name``, or the claims, from what there is by now, and return the path of the Markdown."""
+        """Write the table ``name``, or the claims, from the present results. Returns the path of the Markdown file."""
         file = self._file(name, "md")
         about = [self._about(name, dataset) for dataset in self.targets[name].datasets]
         if name == CLAIMS:
@@ -104,7 +104,7 @@ class Reproduction:
         return markdown(target.title, about, beside_the_paper(name, lines), lines, notes)
 
     def draw(self, name: str) -> None:
-        """Draw the figure ``name`` from the trainings that are finished, if any is."""
+        """Draw the figure ``name`` from the finished trainings, if there are any."""
         done = [t for t in self.plans[name] if t.metrics is not None]
         if not done:
             say(f"{name}: not drawn, as none of its trainings is finished")
@@ -123,7 +123,7 @@ class Reproduction:
         return any(DATASETS[dataset].kind == STREETS for dataset in self.targets[name].datasets)
 
     def _reported_on(self, dataset: str) -> str:
-        """The split that the figures are of."""
+        """The split that the figures show."""
         known = DATASETS[dataset]
         return self.setup.splits(known).test if self.setup.validation else known.report.test
 
@@ -160,7 +160,7 @@ CLAIMS_ABOUT = (
 
 
 def listing(targets: Mapping[str, Target], setup: Setup) -> list[str]:
-    """Everything that a command would train, a line per row and one with its settings; needs no dataset."""
+    """All trainings of a command: one line per row and one with its settings. It needs no dataset."""
     lines, seen = [], set[Row]()
     for name, target in targets.items():
         lines.append(f"{name}: {target.title}")
@@ -185,7 +185,7 @@ def say(text: str) -> None:
 
 
 def targets_of(words: Sequence[str]) -> list[str]:
-    """The tables and figures that ``words`` name, ``all`` meaning each. InputError for a name there is none of."""
+    """The tables and figures that ``words`` name; ``all`` means all of them. InputError for an unknown name."""
     for word in words:
         if word not in (*TARGETS, "all"):
             near = closest(word, [*TARGETS, "all"])
@@ -236,7 +236,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def setup_of(args: argparse.Namespace) -> tuple[dict[str, Target], Setup]:
-    """The targets that a command line asks for, and what is common to their trainings. InputError for wrong words."""
+    """The targets of a command line, and the common settings of their trainings. InputError for wrong words."""
     overrides = tuple(word for word in args.words if "=" in word)
     names = targets_of([word for word in args.words if "=" not in word])
     if not names:
@@ -263,7 +263,7 @@ def setup_of(args: argparse.Namespace) -> tuple[dict[str, Target], Setup]:
 
 @command
 def main() -> None:
-    """Exit code 0 if all is there, 1 if a training failed, 75 if stopped on request."""
+    """Exit code 0 if all is finished, 1 if a training failed, 75 if stopped on request."""
     args = parser().parse_intermixed_args()
     launcher = Launcher(args.launcher, args.jobs)
     targets, setup = setup_of(args)
@@ -284,7 +284,7 @@ def main() -> None:
 
 
 def check_settings(targets: Mapping[str, Target], setup: Setup) -> None:
-    """Raise InputError for settings that are wrong whatever the data holds, before streets are drawn."""
+    """Raise InputError for settings that are wrong for any data, before streets are drawn."""
     for target in targets.values():
         for row in target.all_rows:
             configs(row, target, setup)

@@ -1,4 +1,4 @@
-"""Batch norm over the samples of all ranks, for batches too small to normalise each rank's share by itself."""
+"""Batch norm over the samples of all ranks, for batches with too few samples per rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mtunet_dist import distributed
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """``nn.SyncBatchNorm``, which knows GPUs only, for CPUs: images (N, C, H, W), N equal on all ranks."""
+    """``nn.SyncBatchNorm`` for CPUs (torch's works only on GPUs): images (N, C, H, W), N equal on all ranks."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or distributed.world_size() == 1:
@@ -34,13 +34,13 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronise(model: nn.Module, device: torch.device) -> None:
-    """Put synchronised batch norms in the place of ``model``'s, with the same names in its state."""
+    """Replace the batch norms of ``model`` by synchronised ones. The names in its state stay the same."""
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
-            module.__class__ = SyncBatchNorm2d  # nothing but the forward pass differs
+            module.__class__ = SyncBatchNorm2d  # only the forward pass differs
 
 
 def _mean_over_ranks(tensor: Tensor) -> Tensor:

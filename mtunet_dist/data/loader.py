@@ -1,4 +1,4 @@
-"""What a loader is, and which one a config names. A loader turns an order of samples into batches on the device."""
+"""The interface of a loader, and the loader that a config names. A loader makes batches on the device from an order."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Loader(Protocol):
 
     @property
     def skipped(self) -> int:
-        """How many places in this rank's batches so far a sample took that cannot be decoded (data.on_error=skip)."""
+        """How often an undecodable sample has taken a place in this rank's batches so far (data.on_error=skip)."""
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Batches ``start``, ``start`` + 1, ... of the order.
 
-        A sample that cannot be decoded raises InputError that names its shard and key; or, with data.on_error=skip,
-        is named by a UserWarning once and adds nothing to any loss or metric (``broken.py``).
+        A sample that cannot be decoded raises InputError that names its shard and key. With data.on_error=skip one
+        UserWarning names it instead, and it adds nothing to any loss or metric (``broken.py``).
         """
 
 
@@ -37,9 +37,9 @@ def make_loader(
     device: torch.device,
     augmentation: Augmentation | None = None,
 ) -> Loader:
-    """The loader that ``config`` names: over a cache, or else ``dali``, or ``torch``, the slow and simple reference.
+    """The loader that ``config`` names: over a cache, or ``dali``, or ``torch``, the slow and simple reference.
 
-    With a cache all ranks must call it together; see ``CachedLoader`` for what it then raises.
+    With a cache all ranks must call it together. See ``CachedLoader`` for its errors.
     """
     common = (split, order, device, augmentation)
     threads, on_error = config.threads, config.on_error
@@ -57,7 +57,7 @@ def make_loader(
 
 
 def make_augmentation(config: AugmentConfig, info: DatasetInfo, seed: int) -> Augmentation | None:
-    """The augmentation that ``config`` describes; None if it changes nothing."""
+    """The augmentation that ``config`` describes. None if it changes nothing."""
     augmentation = Augmentation(
         info.height,
         info.width,

@@ -1,1 +1,1 @@
-"""What ``reproduce`` is made of: which trainings make up which table, how they are started, and what is drawn."""
+"""The parts of ``reproduce``: the trainings of each table, how they are started, and the drawings."""

@@ -1,4 +1,4 @@
-"""How much is spent on each training: widths, epochs, seeds and how it is optimised, as data."""
+"""The effort for each training: widths, epochs, seeds and the optimiser's settings, as data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Budget:
     common: tuple[str, ...]
     families: dict[Family, tuple[str, ...]]
     datasets: dict[Kind, tuple[str, ...]]
-    streets_size: tuple[int, int]  # height, width that the synthetic streets are prepared at
+    streets_size: tuple[int, int]  # height, width of the prepared synthetic streets
 
 
 _SHARED = ("data.cache=host", "checkpoint.keep=1")
@@ -31,7 +31,7 @@ _NARROW = (
 _NO_DROPOUT = "model.dropout=0.0"
 
 BUDGETS: dict[str, Budget] = {
-    # Minutes on two CPU cores: shows that all of it works and learns, not which system is the best.
+    # Minutes on two CPU cores: it shows that all parts work and learn, not which system is the best.
     "smoke": Budget(
         seeds={"nyuv2": 1, "cityscapes": 1, "streets": 1},
         common=(*_NARROW, "epochs=2", "batch_size=2", "optim.lr=7e-3", "optim.warmup_epochs=0.2"),

@@ -1,7 +1,4 @@
-"""The comparisons that the paper makes in words: what it says, what its own tables give, and what our trainings give.
-
-Each claim quotes paper 5178, section Discussions or Critical Analysis.
-"""
+"""The comparisons that the paper makes in words: the claim, the figures in its own tables, and our figures."""
 
 from __future__ import annotations
 
@@ -24,7 +21,8 @@ Results = Mapping[Row, Mapping[int, Mapping[str, float]]]  # row -> seed -> metr
 
 @dataclass(frozen=True)
 class Claim:
-    """``better`` is ahead of ``worse`` in ``metric``, by ``said``: differences times 100 ("points") or percent."""
+    """The claim that ``better`` leads ``worse`` in ``metric`` by ``said``: differences times 100 ("points") or
+    percent."""
 
     quote: str
     metric: str  # of FIGURES
@@ -34,7 +32,7 @@ class Claim:
     unit: Unit = "points"
 
     def gain(self, better: Mapping[str, float], worse: Mapping[str, float], metric: str) -> float:
-        """How far ``better`` is ahead, in the claim's unit; negative where it is behind."""
+        """The lead of ``better`` in the claim's unit. It is negative if ``better`` is behind."""
         difference = better.get(metric, math.nan) - worse.get(metric, math.nan)
         gain = difference if higher_is_better(metric) else -difference
         return 100 * (gain if self.unit == "points" else gain / worse.get(metric, math.nan))
@@ -127,7 +125,7 @@ CLAIMS: tuple[Claim, ...] = (
 
 
 def in_the_paper(claim: Claim) -> float | None:
-    """The gain that the paper's own tables give, in the claim's unit; None where they have no such rows."""
+    """The gain in the paper's own tables, in the claim's unit. None if they have no such rows."""
     for table in THE_PAPER.values():
         better, worse = ((row.system, row.dataset) for row in (claim.better, claim.worse))
         if better in table and worse in table:
@@ -136,7 +134,7 @@ def in_the_paper(claim: Claim) -> float | None:
 
 
 def follows(claim: Claim) -> str:
-    """Whether what is said follows from the paper's own tables, to the digits that it is said with."""
+    """Whether the claim follows from the paper's own tables, to the number of digits in the claim."""
     given = in_the_paper(claim)
     if given is None:
         return "no such rows"
@@ -148,7 +146,7 @@ def follows(claim: Claim) -> str:
 
 
 def our_gains(claim: Claim, results: Results, stand_in: bool) -> list[float]:
-    """The gain of each seed that both rows have, of the ``legacy`` family, the paper's."""
+    """The gain of each seed that both rows have, in the ``legacy`` family of metrics, which the paper uses."""
     instead = STAND_INS if stand_in else {}
     better, worse = (
         results.get(Row(row.system, instead.get(row.dataset, row.dataset)), {}) for row in (claim.better, claim.worse)

@@ -1,4 +1,5 @@
-"""The systems, datasets, tables and figures, as data: config overrides and names. ``docs/paper.md`` says why these."""
+"""The systems, datasets, tables and figures, as data: config overrides and names. ``docs/paper.md`` gives the
+reasons."""
 
 from __future__ import annotations
 
@@ -19,14 +20,14 @@ class System:
     """A network and the weighting of its losses."""
 
     title: str
-    family: Family  # whose widths of the budget it takes
+    family: Family  # which widths of the budget it uses
     overrides: tuple[str, ...]  # {epochs} stands for the epochs of the run
-    single: str  # the single-task networks, of SYSTEMS, that delta-m compares it with
+    single: str  # one of SYSTEMS: the single-task networks of its delta-m
 
 
 @dataclass(frozen=True)
 class Splits:
-    """What is trained on, and what the trained network is measured on."""
+    """The splits for training and for measuring."""
 
     train: str
     test: str
@@ -34,14 +35,14 @@ class Splits:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared dataset: the user's, or streets, which the command makes."""
+    """A prepared dataset: the user's, or streets that the command makes."""
 
     title: str
     kind: Kind
     classes: int
     prepare: str  # the command that makes it
     report: Splits
-    validation: Splits | None  # for choosing settings, without a look at what is reported on
+    validation: Splits | None  # for choosing settings without the reported split
     overrides: tuple[str, ...]
 
 
@@ -55,21 +56,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Target:
-    """A table or figure: what must have been trained for it."""
+    """A table or figure, with the trainings that it needs."""
 
     title: str
     rows: tuple[Row, ...]
-    further: tuple[Row, ...] = ()  # of a table: ours, below the paper's
-    single_seed: bool = False  # one training of each will do
+    further: tuple[Row, ...] = ()  # of a table: our own rows, below the paper's
+    single_seed: bool = False  # one training of each is enough
 
     @property
     def all_rows(self) -> tuple[Row, ...]:
-        """The paper's rows, then ours."""
+        """The paper's rows, then our own."""
         return self.rows + self.further
 
     @property
     def datasets(self) -> list[str]:
-        """Its datasets, each once."""
+        """The datasets of its rows, each once."""
         return list(dict.fromkeys(row.dataset for row in self.all_rows))
 
 
@@ -211,13 +212,13 @@ TARGETS: dict[str, Target] = {
     ),
     "ablations": Target("Weightings and ablations of MT-UNet (ours, not the paper's)", _rows(ABLATIONS, "nyuv2")),
 }
-ANY_DATASET = ("ablations",)  # targets that are the paper's on no dataset
+ANY_DATASET = ("ablations",)  # targets for which the paper has no dataset
 
 
 def target_on(name: str, on: str | None) -> Target:
-    """The target ``name`` on the dataset that ``--on`` names; None: on those that the paper has.
+    """The target ``name`` on the dataset of ``--on``. None means the paper's datasets.
 
-    ``streets`` stands in for Cityscapes. Another dataset is for ``ANY_DATASET`` alone; otherwise raises InputError.
+    ``streets`` replaces Cityscapes. Other datasets are only for ``ANY_DATASET``; otherwise raises InputError.
     """
     target = TARGETS[name]
     if on is None:

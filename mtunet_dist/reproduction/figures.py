@@ -39,12 +39,12 @@ Points = dict[float, list[float]]  # epoch -> a value per seed
 
 @torch.no_grad()
 def qualitative(trainings: Sequence[Training], split: Split) -> np.ndarray:
-    """Samples spread over ``split``, two rows for each: image, truth and what each system predicts."""
+    """Samples spread over ``split``, with two rows each: image, truth and the prediction of each system."""
     batch = _samples(split, SHOWN)
     predicted: dict[str, dict[str, Tensor]] = {}  # system -> task -> output
     for training in trainings:
         step = _load(training)
-        each = [step.predict(image[None]) for image in batch["image"]]  # one by one: full width needs memory
+        each = [step.predict(image[None]) for image in batch["image"]]  # one by one, to save memory
         predicted[training.row.system] = {name: torch.cat([outputs[name] for outputs in each]) for name in each[0]}
     rows = []
     for i in range(len(batch["image"])):
@@ -57,7 +57,7 @@ def qualitative(trainings: Sequence[Training], split: Split) -> np.ndarray:
 
 
 def _tiles(task: Task, target: Tensor, outputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """The truth, and the ``outputs`` (channels, H, W) by caption; depths all in the colours of the truth's range."""
+    """The truth, and the ``outputs`` (channels, H, W) by caption. All depths use the colour range of the truth."""
     if isinstance(task, Segmentation):
         palette = [c.color for c in task.classes]
         labels = {"truth": target} | {name: output.argmax(0) for name, output in outputs.items()}
@@ -72,9 +72,9 @@ def _tiles(task: Task, target: Tensor, outputs: dict[str, Tensor]) -> dict[str, 
 
 @torch.no_grad()
 def attention(trainings: Sequence[Training], split: Split) -> np.ndarray:
-    """Samples spread over ``split``: the image and the mask of the first decoder block of each task; then, for some of
-    them, the masks of all blocks. A mask is shown as its mean over channels, stretched over the range in its caption.
-    """
+    """Samples spread over ``split``: the image and the mask of the first decoder block of each task, then, for some
+    samples, the masks of all blocks. A mask is shown as its mean over channels, stretched over the range in its
+    caption."""
     step, batch = _load(trainings[0]), _samples(split, SHOWN)
     first, all_blocks = [], []
     for number, image in enumerate(batch["image"]):
@@ -93,8 +93,9 @@ def attention(trainings: Sequence[Training], split: Split) -> np.ndarray:
 
 
 def weights(trainings: Sequence[Training], split: Split) -> np.ndarray:
-    """The metrics on ``split`` of each weighting scheme after training, a dot per seed and a bar at their mean; and the
-    share of depth in the loss weights over the epochs, means over seeds with the range from least to greatest."""
+    """The metrics on ``split`` of each weighting scheme after training, with a dot per seed and a bar at their mean.
+    Also the share of depth in the loss weights over the epochs: means over seeds, with the range from least to
+    greatest."""
     systems = list(dict.fromkeys(t.row.system for t in trainings))
     figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
     grid = figure.add_gridspec(2, 3, width_ratios=(1, 1, 1.3))
@@ -140,7 +141,7 @@ def _samples(split: Split, most: int) -> Batch:
 
 
 def _enlarged(tiles: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Small tiles, pixels repeated, so that their captions fit."""
+    """Enlarge small tiles by repeated pixels, so that their captions fit."""
     return {name: t.repeat(n := -(-LEAST_WIDTH // t.shape[1]), axis=0).repeat(n, axis=1) for name, t in tiles.items()}
 
 
@@ -164,10 +165,10 @@ def _mask_tile(name: str, mask: Tensor, size: Sequence[int]) -> dict[str, np.nda
 
 
 def _weights(runs: Sequence[Training], task: str) -> Points:
-    """The weight after each epoch, which is that of the next."""
+    """The weight after each epoch, which is the weight of the next epoch."""
     points: Points = {}
     for run in runs:
-        whole = run.records("train", **{f"weight/{name}": float for name in run.config.tasks})  # of all tasks alike
+        whole = run.records("train", **{f"weight/{name}": float for name in run.config.tasks})  # with all weights
         of_run = {r["epoch"]: r[f"weight/{task}"] for r in whole}
         for epoch, value in of_run.items():
             if float(epoch).is_integer():

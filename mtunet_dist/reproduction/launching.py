@@ -1,4 +1,5 @@
-"""Trainings as processes: so many at a time, stopped with a checkpoint on request, failures passed over."""
+"""Trainings as processes: a fixed number at a time. On request they stop with a checkpoint. A failure does not end the
+rest."""
 
 from __future__ import annotations
 
@@ -28,9 +29,10 @@ STOP_PATIENCE_S = 150.0  # torchrun gives its processes 30 seconds, launch/local
 
 @dataclass(frozen=True)
 class Launcher:
-    """How a training is started: a command line in which ``{config}`` stands for its config file; None: torchrun here.
+    """How to start a training: a command line in which ``{config}`` is replaced by the config file. None: torchrun
+    here.
 
-    ``jobs`` trainings run at a time. The command must not return before the training has ended.
+    ``jobs`` trainings run at the same time. The command must not return before its training has ended.
     """
 
     template: str | None = None
@@ -59,14 +61,15 @@ class Launcher:
         return [*torchrun, count, signals, "-m", "mtunet_dist.train", str(config_file)]
 
     def processes(self, config: Config) -> int:
-        """Of torchrun: one per GPU, or two on CPU cores, which the jobs share; fewer if the batch cannot be shared."""
+        """The number of processes for torchrun: one per GPU, or two on CPU cores, which the jobs share. It is smaller
+        if the batch cannot be shared."""
         gpus = 0 if config.device == "cpu" else torch.cuda.device_count()
         wanted = gpus or max(1, min(2, cpus()) // self.jobs)
         samples = config.batch_size // config.optim.accumulate
         return max(n for n in range(1, wanted + 1) if samples % n == 0)
 
     def environment(self, training: Training) -> dict[str, str]:
-        """Of the process: torchrun left alone gives each of its processes one thread."""
+        """The environment of the process. By default torchrun gives each of its processes one thread."""
         if self.template is not None:
             return dict(os.environ)
         threads = max(1, cpus() // (self.processes(training.config) * self.jobs))
@@ -78,15 +81,15 @@ class _Started:
     training: Training
     process: subprocess.Popen[bytes]
     log: Path
-    offset: int  # where this attempt's output begins
+    offset: int  # where the output of this attempt starts in the log
 
 
 def run_all(
     trainings: Sequence[Training], launcher: Launcher, stop: StopRequest, on_end: Callable[[Training, str | None], None]
 ) -> None:
-    """Run or resume ``trainings``; ``on_end(training, why it failed or None)`` after each.
+    """Run or resume ``trainings``. After each one it calls ``on_end(training, reason of a failure or None)``.
 
-    Once ``stop`` has received a signal, those that run are asked to stop, which leaves a checkpoint, and
+    After ``stop`` has received a signal, the running trainings are asked to stop, which leaves a checkpoint, and
     PreemptedError is raised.
     """
     waiting, running = list(trainings), list[_Started]()
@@ -108,12 +111,12 @@ def run_all(
 
 
 def _start(training: Training, launcher: Launcher) -> _Started:
-    """Started through ``children.py``: this process may be killed, and then it would train on."""
+    """Start through ``children.py``: if this process is killed, the training must not continue."""
     file = training.write_config()
     log = training.dir / LOG
     with log.open("ab") as output:
         offset = output.tell()
-        # In a session of its own, so that Ctrl-C comes to this process alone, which then asks the training to stop.
+        # In a new session, so that only this process gets Ctrl-C. It then asks the training to stop.
         process = subprocess.Popen(
             [sys.executable, "-m", "mtunet_dist.children", str(os.getpid()), *launcher.command(training, file)],
             stdin=subprocess.DEVNULL,
@@ -137,7 +140,8 @@ def _stop(running: Sequence[_Started]) -> None:
 
 
 def _signal(started: _Started, number: int) -> bool:
-    """Send it to all of the command's processes, as a shell script would not pass it on; whether there is any."""
+    """Send a signal to all processes of the command, because a shell script would not pass it on. Returns whether any
+    exist."""
     started.process.poll()
     try:
         os.killpg(started.process.pid, number)
@@ -147,7 +151,7 @@ def _signal(started: _Started, number: int) -> bool:
 
 
 def _failure(started: _Started) -> str | None:
-    """Why it failed, None if it did not."""
+    """The reason of a failure, or None."""
     code = started.process.returncode
     if code == 0:
         if started.training.trained:

@@ -1,4 +1,4 @@
-"""Figures that no training writes: of the best checkpoint on the split that is reported on, and of constants."""
+"""Figures that no training writes: of the best checkpoint on the reported split, and of constant predictions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def measure_best(training: Training) -> None:
 
 
 def constant_metrics(training: Training, split_name: str) -> dict[str, float]:
-    """What a network that does not look at the image can reach; kept in a file beside the runs."""
+    """The figures that a network without a look at the image can reach. They are kept in a file beside the runs."""
     config = training.config
     dataset = PreparedDataset(Path(config.data.root))
     train, test = dataset.split(config.data.train), dataset.split(split_name)

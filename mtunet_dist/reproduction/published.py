@@ -1,4 +1,4 @@
-"""Published figures that stand beside ours. Shares are fractions, keys as in ``metrics.py``; see ``docs/paper.md``."""
+"""Published figures for comparison. Shares are fractions, keys as in ``metrics.py``; see ``docs/paper.md``."""
 
 from __future__ import annotations
 

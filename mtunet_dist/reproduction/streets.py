@@ -1,4 +1,4 @@
-"""Synthetic streets in the place of Cityscapes: made and prepared by the command that trains on them."""
+"""Synthetic streets in place of Cityscapes. The command that trains on them makes and prepares them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mtunet_dist.synthetic.tree import Settings
 
 
 def streets_root(folder: Path, classes: int, size: tuple[int, int]) -> Path:
-    """Where the prepared streets of so many classes at ``size`` (height, width) lie below ``folder``."""
+    """The folder below ``folder`` for prepared streets with so many classes at ``size`` (height, width)."""
     return folder / f"streets{classes}_{size[0]}x{size[1]}"
 
 
 def prepare_streets(folder: Path, classes: int, size: tuple[int, int]) -> None:
-    """Draw the scenes and prepare them, with inverse depth as in the paper's Cityscapes; what is there is kept."""
+    """Draw and prepare the scenes, with inverse depth as in the paper's Cityscapes. Existing ones stay."""
     source = folder / "streets_reproduce_source"
     synthesize(source, Settings(), cpus())
     height, width = size

@@ -15,7 +15,7 @@ from mtunet_dist.reproduction.experiments import DATASETS, STAND_INS, SYSTEMS, R
 from mtunet_dist.reproduction.published import FIGURES, OTHERS, SIZE, THE_PAPER
 from mtunet_dist.reproduction.trainings import Training
 
-COMPARED = ("miou", "accuracy", "depth_abs", "depth_rel")  # by delta-m
+COMPARED = ("miou", "accuracy", "depth_abs", "depth_rel")  # the metrics in delta-m
 COLUMNS = {  # of the full table
     "miou": "mIoU %",
     "accuracy": "accuracy %",
@@ -33,7 +33,7 @@ AS_THE_PAPER = {"accuracy": "IoU %", "miou": "mIoU %", "depth_abs": "absolute", 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the table; ``figures`` holds each metric's value for each seed, shares as fractions."""
+    """A row of the table. ``figures`` holds each metric's value for each seed, shares as fractions."""
 
     kind: str  # paper (a row that the paper has too), ours, constant or published
     title: str
@@ -47,9 +47,9 @@ class Line:
 
 
 def lines_of(trainings: Sequence[Training], paper: Sequence[Row]) -> list[Line]:
-    """A line for each row among ``trainings``; those of ``paper`` are of that kind.
+    """A table row for each row among ``trainings``. The rows in ``paper`` are of that kind.
 
-    Delta-m is against the single-task run of the same seed on the same dataset, if that is among them.
+    Delta-m compares with the single-task run of the same seed on the same dataset, if it is among them.
     """
     results_of = {(t.row, t.seed): t.metrics for t in trainings}
     lines = []
@@ -77,7 +77,7 @@ def lines_of(trainings: Sequence[Training], paper: Sequence[Row]) -> list[Line]:
 
 
 def published_lines(dataset: str, info: DatasetInfo) -> list[Line]:
-    """What others published on ``dataset`` (of DATASETS), if ``info`` has their size."""
+    """Published rows on ``dataset`` (of DATASETS), if ``info`` has their image size."""
     if (info.height, info.width) != SIZE:
         return []
     return [
@@ -88,9 +88,10 @@ def published_lines(dataset: str, info: DatasetInfo) -> list[Line]:
 
 
 def beside_the_paper(table: str, lines: Sequence[Line]) -> list[str]:
-    """Markdown: the rows of the paper's ``table``, in its order and columns, the paper's figures and ours; or nothing.
+    """Markdown of the paper's ``table``: its rows, order and columns, with the paper's figures and ours.
 
-    Ours are of the ``legacy`` family, the averages per image or batch, as in the paper's protocol.
+    Empty if the paper has no such table. Our figures are of the ``legacy`` family, the averages per image or
+    batch, as in the paper's protocol.
     """
     if table not in THE_PAPER:
         return []
@@ -109,7 +110,7 @@ def beside_the_paper(table: str, lines: Sequence[Line]) -> list[str]:
 def markdown(
     title: str, about: Sequence[str], paper: Sequence[str], lines: Sequence[Line], notes: Sequence[str]
 ) -> str:
-    """The table as a document: title, paragraphs, what ``beside_the_paper`` gave, all lines, and notes as a list."""
+    """The table as a document: title, paragraphs, the result of ``beside_the_paper``, all rows, and notes as a list."""
     headings = ["", "data", "parameters", "seeds", *COLUMNS.values(), "minutes"]
     text = [f"# {title}", "", *(f"{paragraph}\n" for paragraph in about)]
     text += ["## Beside the paper", "", *paper, "## All figures", ""] if paper else []
@@ -134,8 +135,8 @@ def markdown(
 
 
 def write_csv(path: Path, table: str, lines: Sequence[Line]) -> None:
-    """One line per row; of each metric the mean and the standard deviation, in full, and the paper's figures; empty
-    where unknown."""
+    """One line per row: mean and standard deviation of each metric, unrounded, and the paper's figures. Unknown ones
+    are empty."""
     temporary = path.with_suffix(".tmp")
     of_stand_in = {stand_in: dataset for dataset, stand_in in STAND_INS.items()}
     with temporary.open("w", encoding="utf-8", newline="") as file:
@@ -156,7 +157,7 @@ def write_csv(path: Path, table: str, lines: Sequence[Line]) -> None:
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean, and standard deviation of a sample (n - 1) where there are two or more; None for what is unknown."""
+    """Mean, and standard deviation of a sample (n - 1) if there are two or more values. None for an unknown one."""
     known = [value for value in values if not math.isnan(value)]
     mean = statistics.fmean(known) if known else None
     return mean, statistics.stdev(known) if len(known) > 1 else None

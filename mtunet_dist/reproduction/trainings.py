@@ -1,4 +1,5 @@
-"""The trainings behind a table: their configs, checked before anything starts, and what a finished one measured."""
+"""The trainings of a table: their configs, which are checked before anything starts, and the results of
+finished ones."""
 
 from __future__ import annotations
 
@@ -23,10 +24,10 @@ from mtunet_dist.reproduction.experiments import DATASETS, SYSTEMS, Dataset, Row
 from mtunet_dist.resume import MAY_CHANGE, changed_settings
 
 OURS = ("run_dir", "seed", "data.root", "data.train", "data.eval", "tasks", "model.name", "weighting.name")
-# What may differ between a finished training and what is asked for now: not these, they change what it measures.
+# Keys that may differ between a finished training and the requested one: all but these, which change its results.
 _MEASURED = {"data.root", "data.eval", "epochs", "eval_batch_size", "eval_last_epochs", "checkpoint", "strategy"}
 MAY_DIFFER = (set(MAY_CHANGE) - _MEASURED) | {"checkpoint.every_epochs", "checkpoint.every_steps", "checkpoint.keep"}
-LAST_EPOCHS = 10  # that the protocol mean10 averages over
+LAST_EPOCHS = 10  # the protocol mean10 averages over so many epochs
 Protocol = Literal["last", "best", "mean10"]
 PROTOCOLS: dict[Protocol, str] = {
     "last": "the weights after the last epoch",
@@ -37,7 +38,7 @@ PROTOCOLS: dict[Protocol, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What is common to all trainings of one command."""
+    """The common settings of all trainings of one command."""
 
     out: Path
     budget_name: str
@@ -53,7 +54,8 @@ class Setup:
         return 1 if target.single_seed else self.seeds or self.budget.seeds[dataset.kind]
 
     def splits(self, dataset: Dataset) -> Splits:
-        """What is trained and measured on while training. InputError if it is to choose and ``dataset`` cannot."""
+        """The splits for training, and for measuring while it runs. InputError if ``dataset`` has none for choosing
+        settings."""
         if not (self.validation or self.protocol == "best"):
             return dataset.report
         if dataset.validation is None:
@@ -66,13 +68,13 @@ class Setup:
 
     @property
     def part(self) -> str:
-        """What keeps trainings and tables apart that measure otherwise than by default."""
+        """A name that separates trainings and tables of non-default measuring from the others."""
         return ("" if self.protocol == "last" else f"-{self.protocol}") + ("-validation" if self.validation else "")
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """One training of one system; an ordinary run."""
+    """One training of one system. It is an ordinary run."""
 
     row: Row
     config: Config
@@ -87,34 +89,34 @@ class Training:
 
     @property
     def seed(self) -> int:
-        """The seed of its initial weights and of its order of samples."""
+        """The seed of its initial weights and sample order."""
         return self.config.seed
 
     @property
     def checkpoint(self) -> Path:
-        """The checkpoint after its last step; what is reported is measured with it, nothing is selected."""
+        """The checkpoint after its last step. The reported results are of this one; there is no selection."""
         return checkpoint.path_of(self.dir / "checkpoints", self.total_steps)
 
     @property
     def metrics(self) -> dict[str, float] | None:
-        """What it measured, by its protocol; None if it has not got there, or its last checkpoint is not there."""
+        """Its results by its protocol. None if it has not finished, or if its last checkpoint is missing."""
         if not self.checkpoint.is_file():
             return None
         return {"last": self._after_last_step, "best": self._of_best, "mean10": self._mean_of_last}[self.protocol]()
 
     @property
     def trained(self) -> bool:
-        """Whether nothing is left to train; with the protocol "best" the best checkpoint may be left to measure."""
+        """Whether no training is left. With the protocol "best", measuring of the best checkpoint may be left."""
         return self.checkpoint.is_file() if self.protocol == "best" else self.metrics is not None
 
     @property
     def best_file(self) -> Path:
-        """Where ``measuring.measure_best`` writes."""
+        """The file that ``measuring.measure_best`` writes."""
         return self.dir / f"best-{DATASETS[self.row.dataset].report.test}.json"
 
     def _after_last_step(self) -> dict[str, float] | None:
         found = [r for r in self.records("eval") if r["step"] == self.total_steps]
-        if not found:  # it was asked to stop before that; or the disk was full, and on_write_error=continue
+        if not found:  # stopped before the evaluation, or the disk was full with on_write_error=continue
             saved = checkpoint.load(self.checkpoint)
             return saved["metrics"] if saved["evaluated"] == saved["step"] else None
         return _numbers(found[-1])
@@ -133,7 +135,7 @@ class Training:
 
     @property
     def minutes(self) -> float:
-        """Time spent in training steps, however often it was interrupted; without start, evaluation and saving."""
+        """Time in training steps, also over interruptions; without start, evaluation and saving."""
         seconds, before = 0.0, 0
         for record in self.records("train", samples_per_s=float):
             seconds += (record["step"] - before) * self.config.batch_size / max(record["samples_per_s"], 1e-9)
@@ -141,11 +143,12 @@ class Training:
         return seconds / 60
 
     def records(self, kind: str, **keys: type) -> list[records.Record]:
-        """Its lines of metrics.jsonl of a ``kind``, "train" or "eval", with these ``keys`` beside step and epoch."""
+        """The lines of its metrics.jsonl of a ``kind``, "train" or "eval", with these ``keys`` beside step and
+        epoch."""
         return records.metrics(self.dir, kind, **keys)
 
     def write_config(self) -> Path:
-        """Write config.yaml into its run folder, the file that it is started with."""
+        """Write config.yaml, the file that it is started with, into its run folder."""
         self.dir.mkdir(parents=True, exist_ok=True)
         file = self.dir / "config.yaml"
         save_config(self.config, file)
@@ -153,10 +156,10 @@ class Training:
 
 
 def plan(target: Target, setup: Setup) -> list[Training]:
-    """The trainings of ``target``, those of one row together.
+    """The trainings of ``target``, in a group per row.
 
-    Raises InputError, before anything is written, if the dataset is not there (it says how to make it), a setting is
-    wrong, a network does not fit the images, or a run folder holds a run with other settings.
+    Raises InputError before anything is written: if the dataset is missing (the message says how to make it), a setting
+    is wrong, a network does not fit the images, or a run folder holds a run with other settings.
     """
     datasets = {name: _open(name, setup) for name in target.datasets}
     trainings = []
@@ -188,7 +191,7 @@ def configs(row: Row, target: Target, setup: Setup) -> list[Config]:
 
 
 def settings(row: Row, setup: Setup) -> list[str]:
-    """What a row's trainings have in common, as ``key=value`` words: system, dataset, budget, the user's."""
+    """The common ``key=value`` words of a row's trainings: system, dataset, budget, then the user's."""
     dataset, system = DATASETS[row.dataset], SYSTEMS[row.system]
     splits = setup.splits(dataset)
     evaluated = {"last": [], "best": ["eval_every_epochs=1"], "mean10": [f"eval_last_epochs={LAST_EPOCHS}"]}
@@ -196,7 +199,7 @@ def settings(row: Row, setup: Setup) -> list[str]:
         f"data.root={setup.roots[row.dataset]}",
         f"data.train={splits.train}",
         f"data.eval={splits.test}",
-        f"eval_every_epochs={int(setup.validation)}",  # what is reported on is looked at once, after the last epoch
+        f"eval_every_epochs={int(setup.validation)}",  # the reported split is used once, after the last epoch
         *evaluated[setup.protocol],
         *dataset.overrides,
         *setup.budget.common,
@@ -225,7 +228,7 @@ def _open(name: str, setup: Setup) -> PreparedDataset:
 
 
 def _check_network(config: Config, dataset: PreparedDataset) -> int:
-    """Build the network without memory or arithmetic; its number of parameters."""
+    """Build the network without memory or arithmetic. Returns its number of parameters."""
     info = dataset.info
     with torch.device("meta"):
         step = build_step(config, info.classes, info.depth)
@@ -242,6 +245,6 @@ def _check_folder(training: Training) -> None:
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """The figures among the values of a record, where null is nan."""
+    """The numbers among the values of a record. null becomes nan."""
     given = {key: math.nan if value is None else value for key, value in record.items()}
     return {key: float(value) for key, value in given.items() if isinstance(value, int | float)}

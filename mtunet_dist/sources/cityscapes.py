@@ -60,8 +60,8 @@ CLASSES_19: dict[str, tuple[tuple[int, int, int], int]] = {
     "motorcycle": ((0, 0, 230), 32),
     "bicycle": ((119, 11, 32), 33),
 }
-# Class -> (colour, categories). MTAN publishes 2-class labels without saying how they were made; these are the things
-# that move (or are parked) against everything else. Ids outside the 7 categories stay void.
+# Class -> (colour, categories). MTAN publishes 2-class labels without saying how they were made. Here the foreground is
+# all things that move or are parked. Ids outside the 7 categories stay void.
 CLASSES_2: dict[str, tuple[tuple[int, int, int], tuple[str, ...]]] = {
     "background": ((70, 70, 70), ("flat", "construction", "object", "nature", "sky")),
     "foreground": ((220, 20, 60), ("human", "vehicle")),

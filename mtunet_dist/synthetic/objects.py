@@ -137,9 +137,9 @@ def fence(rng: np.random.Generator, place: Place, length: float) -> list[Body]:
 
 
 def _fence_texture(colour: RGB, height: float, period: float, bar: float, mesh: bool) -> Texture:
-    """Upright bars of a width (metres) in a period, two rails and posts; one looks through between them.
+    """Upright bars of a width (metres) in a period, two rails and posts, with open space between them.
 
-    Nothing is thinner than a pixel, so that a fence closes with the distance and at a grazing view.
+    Each part is at least a pixel wide, so that a fence looks closed at a distance and at a grazing view.
     """
 
     def texture(s: Surface) -> Shade:

@@ -35,7 +35,7 @@ class Optics:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that the renderer needs; ``rng`` draws what depends on pixels (sensor noise, stereo speckle)."""
+    """All inputs of the renderer. ``rng`` draws everything that depends on pixels (sensor noise, stereo speckle)."""
 
     camera: Camera
     street: Street
@@ -58,7 +58,7 @@ class _Layout:
         return Place(self.street.middle(z) + across, z, self.street.heading(z) + turn)
 
     def claim(self, across: float, z: float, reach: float, half_width: float = 1.1) -> bool:
-        """Take a spot unless something stands there."""
+        """Take a spot if it is free. Returns whether it was."""
         if any(abs(a - across) < w + half_width and abs(b - z) < r + reach for a, b, w, r in self.taken):
             return False
         self.taken.append((across, z, half_width, reach))
@@ -178,7 +178,7 @@ def _pavement(layout: _Layout, side: int) -> None:
 
 
 def _backdrop(layout: _Layout) -> None:
-    """What closes the view: houses or trees across the end of the street."""
+    """The end of the view: houses or trees across the end of the street."""
     rng = layout.rng
     for across in np.arange(-70, 71, 14.0):
         place = layout.place(float(across), END + rng.uniform(5, 25))

@@ -19,7 +19,7 @@ from mtunet_dist.synthetic.render import render
 from mtunet_dist.synthetic.scene import random_scene
 from mtunet_dist.synthetic.stereo import stored_disparity
 
-GENERATOR = 2  # raised whenever the same settings would give other files
+GENERATOR = 2  # increased whenever the same settings give other files
 CITIES = {"train": ("synth0", "synth1", "synth2"), "val": ("synth3",), "test": ("synth4",)}
 FILES = {
     "leftImg8bit": "leftImg8bit.png",
@@ -31,7 +31,7 @@ FILES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the contents of a tree: scenes for each split, their size in pixels, the seed."""
+    """The settings that decide the contents of a tree: scenes per split, their size in pixels, the seed."""
 
     train: int = 256
     val: int = 64
@@ -48,7 +48,7 @@ def scene_files(out: Path, split: str, index: int) -> dict[str, Path]:
 
 
 def write_scene(out: Path, settings: Settings, job: tuple[str, int]) -> None:
-    """Make scene (split, index) and write its four files, each under its name only once complete."""
+    """Make scene (split, index) and write its four files. Each gets its name only when complete."""
     split, index = job
     scene = random_scene(settings.seed, list(CITIES).index(split), index, settings.height, settings.width)
     rendering = render(scene)
@@ -71,12 +71,13 @@ def calibrate(camera: Camera) -> dict[str, dict[str, float]]:
 
 
 def _png(pixels: np.ndarray) -> Callable[[BinaryIO], object]:
-    """Run lengths only: on pictures with sensor noise twice as fast as matching strings, and no larger."""
+    """Run lengths only: for pictures with sensor noise this is twice as fast as matching strings, and files are no
+    larger."""
     return lambda file: Image.fromarray(pixels).save(file, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)
 
 
 def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write to a neighbour and rename, so that a file that exists is whole."""
+    """Write to a temporary file beside it and rename, so that an existing file is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with partial.open("wb") as file:

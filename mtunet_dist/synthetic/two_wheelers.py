@@ -108,7 +108,7 @@ def _upper(wear: Clothes, helmet: Texture, head: float, lift: float) -> list[Lim
 
 
 def _spoked(radius: float) -> Texture:
-    """A thin tyre; between the spokes one looks through. Rim and spokes are at least about a pixel wide."""
+    """A thin tyre. The space between the spokes is open. Rim and spokes are at least about a pixel wide."""
 
     def texture(s: Surface) -> Shade:
         away = np.hypot(s.y, s.z)

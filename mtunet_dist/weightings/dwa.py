@@ -1,4 +1,4 @@
-"""Dynamic weight average (Liu, Johns, Davison 2019, eq. 7): a loss that falls slowly weighs more."""
+"""Dynamic weight average (Liu, Johns, Davison 2019, eq. 7): a loss that falls slowly gets a larger weight."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ EPSILON = 1e-12  # so that a loss that was 0 has a rate
 class DWAWeighting(nn.Module):
     """Total loss = sum_i lambda_i L_i with lambda = K softmax(w / T) for K tasks, constant within an epoch.
 
-    w_i = L_i(t - 1) / L_i(t - 2), L_i(t) being the mean of loss i, unweighted, over epoch t and all ranks. In epochs
-    0 and 1 all weights are 1; they always sum to K. Losses that are not finite are left out, and an epoch without
-    losses is as if it had not been. Raises InputError for options out of range.
+    w_i = L_i(t - 1) / L_i(t - 2), where L_i(t) is the unweighted mean of loss i over epoch t and all ranks. In epochs 0
+    and 1 all weights are 1. They always sum to K. Losses that are not finite are left out, and an epoch without losses
+    does not count. Raises InputError for options out of range.
 
-    The state is in buffers; those named ``local_*`` are sums over this rank's running epoch (see ``LearnedWeighting``),
-    the others are equal on all ranks.
+    The state is in buffers. Those named ``local_*`` are sums over this rank's running epoch (see ``LearnedWeighting``).
+    The others are equal on all ranks.
 
     Options:
-        temperature: T; the larger, the more equal the weights.
+        temperature: T; a larger T makes the weights more equal.
     """
 
     factors: Tensor
@@ -43,7 +43,7 @@ class DWAWeighting(nn.Module):
         self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))  # with losses
 
     def forward(self, losses: dict[str, Tensor]) -> Tensor:
-        """The total (scalar) of the scalar losses; notes them if the module trains and gradients are on."""
+        """The total (scalar) of the scalar losses. Records them if the module trains and gradients are on."""
         stacked = torch.stack([losses[task] for task in self.tasks])
         if self.training and torch.is_grad_enabled():
             values = stacked.detach().double()
@@ -54,7 +54,8 @@ class DWAWeighting(nn.Module):
 
     @torch.no_grad()
     def end_epoch(self) -> None:
-        """Set the weights of the next epoch from the losses of this one and the one before. Collective over ranks."""
+        """Set the weights of the next epoch from the losses of this epoch and the previous one. Collective over
+        ranks."""
         count, total = distributed.all_reduce_sum(torch.stack([self.local_count, self.local_sum]))
         if (count > 0).all():
             mean = total / count

@@ -17,7 +17,7 @@ class EqualWeighting(nn.Module):
         return torch.stack([losses[task] for task in self.tasks]).sum()
 
     def end_epoch(self) -> None:
-        """Nothing to adapt."""
+        """Nothing to do."""
 
     def weights(self) -> dict[str, Tensor]:
         return {task: torch.ones(()) for task in self.tasks}

@@ -33,7 +33,7 @@ class FixedWeighting(nn.Module):
         return (self.constants * torch.stack([losses[task] for task in self.tasks])).sum()
 
     def end_epoch(self) -> None:
-        """Nothing to adapt."""
+        """Nothing to do."""
 
     def weights(self) -> dict[str, Tensor]:
         return dict(zip(self.tasks, self.constants.clone(), strict=True))

@@ -26,7 +26,7 @@ class LearnedWeighting(nn.Module):
     the average variance of L_i over a fixed number of epochs up to t. W learns at a rate of its own, 1e-3. Training
     alternates: the network learns while the lambdas are constant, W learns while the losses are constant.
 
-    The paper does not say the rest, so this is our reading. The variance of an epoch is that of the losses of its
+    The rest is not in the paper; it is our reading. The variance of an epoch is that of the losses of its
     steps, on all ranks. sigma averages over the last ``window`` epochs, over fewer while fewer are done; alpha is 1
     until two epochs are done. alpha is clipped to [0.1, 10], eps is 1e-8. After each epoch W takes one step down the
     gradient of sum_i lambda_i(W) L_i, with L the mean losses of that epoch over all ranks. W keeps to W >= 0.01 and to
@@ -99,7 +99,7 @@ class LearnedWeighting(nn.Module):
         self.register_buffer("adam_steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, losses: dict[str, Tensor]) -> Tensor:
-        """The total (scalar) of the scalar losses; notes them if the module trains and gradients are on."""
+        """The total (scalar) of the scalar losses. Records them if the module trains and gradients are on."""
         stacked = torch.stack([losses[task] for task in self.tasks])
         total = (self._lambdas().to(stacked.dtype) * stacked).sum()
         if self.training and torch.is_grad_enabled():
@@ -144,7 +144,7 @@ class LearnedWeighting(nn.Module):
         return list(stacked)
 
     def _step(self, losses: Tensor) -> None:
-        """One step of W down the gradient of sum_i lambda_i(W) L_i; the gradient is 0 if a loss is unknown (nan)."""
+        """One step of W down the gradient of sum_i lambda_i(W) L_i. The gradient is 0 if a loss is unknown (nan)."""
         losses = torch.where(losses.isfinite().all(), losses, 0.0)
         # d/dW_k of sum(W a L) / sum(W a) = a_k (L_k - sum_i lambda_i L_i) / sum(W a)
         expected = (self._lambdas() * losses).sum()
@@ -154,7 +154,7 @@ class LearnedWeighting(nn.Module):
             gradient = gradient * self.raw_weights  # d/ds of W = exp(s)
         move = self.lr * (self._adam(gradient) if self.optimizer == "adam" else gradient)
         moved = self.raw_weights * (-move).exp() if exp else self.raw_weights - move
-        # Share out what lies above the floor, so that normalising cannot push a weight below it.
+        # Share out only the part above the floor, so that normalising cannot push a weight below it.
         n = len(self.tasks)
         excess = moved.clamp(FLOOR, n) - FLOOR + 1e-30  # equal shares if all are at the floor
         self.raw_weights.copy_(FLOOR + excess / excess.sum() * n * (1 - FLOOR))
@@ -177,7 +177,7 @@ class LearnedWeighting(nn.Module):
             self.alpha.copy_(((newest + EPSILON) / (before + EPSILON)).clamp(*ALPHA_RANGE))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Also read older checkpoints, which hold the variance of the newest epoch, and ratios that nobody needs."""
+        """Also read older checkpoints, which hold the variance of the newest epoch, and ratios that are not used."""
         if (old := state_dict.pop(f"{prefix}variance", None)) is not None:
             state_dict.pop(f"{prefix}ratios")
             state_dict[f"{prefix}variances"] = torch.cat([old[None], torch.zeros_like(self.variances[1:])])
@@ -186,14 +186,14 @@ class LearnedWeighting(nn.Module):
 
 
 def _initial_weights(tasks: list[str], initial: tuple[float, ...]) -> Tensor:
-    """W at the start, float64, summing to the number of tasks. Raises InputError for numbers that do not fit."""
+    """The initial W, float64, with the number of tasks as its sum. Raises InputError for numbers that do not fit."""
     if not initial:
         return torch.ones(len(tasks), dtype=torch.float64)
     if len(initial) != len(tasks):
         raise InputError(f"initial needs one number for each of {', '.join(tasks)}, got {tuple(initial)}")
     weights = torch.tensor(initial, dtype=torch.float64)
     weights = weights / weights.sum() * len(tasks)
-    if not (weights >= FLOOR).all():  # also where a number is not finite
+    if not (weights >= FLOOR).all():  # this also finds numbers that are not finite
         raise InputError(f"initial must be >= {FLOOR} when scaled to a sum of {len(tasks)}, got {tuple(initial)}")
     return weights
 

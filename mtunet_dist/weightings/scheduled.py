@@ -1,4 +1,4 @@
-"""Weights that change over the epochs as the config says. Ours; the paper has no schedules."""
+"""Weights that change over the epochs by settings of the config. Our own; the paper has no schedules."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ScheduledWeighting(nn.Module):
         return (self._current().to(stacked.dtype) * stacked).sum()
 
     def end_epoch(self) -> None:
-        """Go on to the weights of the next epoch."""
+        """Take the weights of the next epoch."""
         self.epochs += 1
 
     def weights(self) -> dict[str, Tensor]:
@@ -79,13 +79,13 @@ class ScheduledWeighting(nn.Module):
         return self.start.lerp(self.end, self._way())
 
     def _way(self) -> Tensor:
-        """The share of the way from start to end that is done, float64 in [0, 1]."""
+        """The completed share of the way from start to end, float64 in [0, 1]."""
         done = (self.epochs - self.begin_epoch).clamp(0, self.span)
         if self.shape == "linear":
             return done.double() / self.span
         if self.shape == "cosine":
             return (1 - torch.cos(math.pi * done.double() / self.span)) / 2
-        if self.shape == "step":  # in integers, so that no jump is late by rounding
+        if self.shape == "step":  # in integers, so that rounding delays no jump
             return torch.div(done * self.steps, self.span, rounding_mode="floor").double() / self.steps
         return torch.zeros_like(done, dtype=torch.float64)
 

@@ -34,10 +34,10 @@ class UncertaintyWeighting(nn.Module):
         return (self._factors() * stacked + self.log_variances / 2).sum()
 
     def end_epoch(self) -> None:
-        """Nothing to adapt: the optimiser does."""
+        """Nothing to do: the optimiser updates the weights."""
 
     def weights(self) -> dict[str, Tensor]:
-        """What each loss is multiplied by: 1 / (2 exp(s))."""
+        """The factor of each loss: 1 / (2 exp(s))."""
         return dict(zip(self.tasks, self._factors().detach(), strict=True))
 
     def _factors(self) -> Tensor:
