@@ -19,7 +19,8 @@ DEPTH = DepthInfo("metric", "metre", 0.001)
 def training(
     config: Config, device: torch.device, classes: Sequence[ClassInfo], depth: DepthInfo, *, reduce: bool = True
 ) -> Callable[[Batch], None]:
-    """A function that trains on one batch; without ``reduce`` (DDP alone can) each rank by its own gradients."""
+    """A function that trains on one batch. Without ``reduce`` (only DDP supports it) each rank uses its own
+    gradients."""
     torch.manual_seed(config.seed)
     step = build_step(config, classes, depth)
     if config.compile:
@@ -37,7 +38,7 @@ def training(
 
 
 def random_batch(count: int, height: int, width: int, device: torch.device) -> Batch:
-    """Noise in the form of a batch, with CLASSES and DEPTH."""
+    """Random noise in the form of a batch, with CLASSES and DEPTH."""
     batch = {
         "image": torch.randint(256, (count, 3, height, width), dtype=torch.uint8),
         "segmentation": torch.randint(len(CLASSES), (count, height, width), dtype=torch.uint8),

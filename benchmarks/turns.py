@@ -1,4 +1,4 @@
-"""What the benchmarks share: work that takes turns, in processes of its own, and how results are written down."""
+"""The common part of the benchmarks: work that takes turns in separate processes, and the tables of results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Turn:
-    """What one turn took; of several processes the slowest's time and largest memory, and all their CPU time."""
+    """The cost of one turn. For several processes: the slowest's time, the largest memory, and the sum of CPU time."""
 
     steps: int
     seconds: float
@@ -36,7 +36,8 @@ class Turn:
 
 
 def take_turns(works: Mapping[Key, Callable[[], Result]], rounds: int) -> dict[Key, list[Result]]:
-    """Call each in turn, ``rounds`` times after a round that warms up: a machine that drifts slows them all."""
+    """Call each in turn, ``rounds`` times after a warm-up round. A machine that changes its speed affects all
+    equally."""
     found: dict[Key, list[Result]] = {key: [] for key in works}
     for current in range(rounds + 1):
         for key, work in works.items():
@@ -47,7 +48,7 @@ def take_turns(works: Mapping[Key, Callable[[], Result]], rounds: int) -> dict[K
 
 
 class Crew:
-    """New processes, a process group if there are several, that do ``prepare(device)()`` over and over when called.
+    """New processes, with a process group if there are several, that repeat ``prepare(device)()`` when called.
 
     A turn lasts about ``seconds`` and at least one step. It is None if the work does not fit into the GPU's memory.
     """
@@ -61,7 +62,7 @@ class Crew:
         device: torch.device,
         processes: int = 1,
     ) -> None:
-        # Forked from a server that has imported everything: children start at once, and with equal memory.
+        # They are forked from a server that has imported everything, so that they start at once and with equal memory.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["__main__", "mtunet_dist.strategies.ddp"])
         self.folder = tempfile.TemporaryDirectory()
@@ -110,7 +111,7 @@ def _work(
     device: torch.device,
     group: tuple[int, int, str] | None,
 ) -> None:
-    """What a process of a crew does until it is killed."""
+    """The work of one process of a crew until it is killed."""
     torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -127,7 +128,7 @@ def _work(
             mib = _resident_mib("VmHWM") - before
             if device.type == "cuda":
                 mib = torch.cuda.max_memory_allocated() / 2**20
-                torch.cuda.empty_cache()  # for whose turn is next
+                torch.cuda.empty_cache()  # for the next turn's process
             orders.send(Turn(steps, elapsed, cpu, mib))
     except torch.OutOfMemoryError:
         work = None
@@ -140,7 +141,7 @@ def _work(
 def _turn(work: Work, seconds: float, device: torch.device) -> tuple[int, float, float]:
     """Steps done, and the wall and CPU seconds that they took; equally many steps on all ranks."""
     if device.type == "cuda":
-        work()  # the allocator has to fetch its memory again
+        work()  # the allocator must first get its memory again
     distributed.all_reduce_sum(torch.zeros(1, device=device))
     _finish(device)
     start, cpu = time.perf_counter(), time.process_time()
@@ -176,7 +177,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def about(script: str) -> str:
-    """A line that says what was run, with what, on what."""
+    """A line that names the command, the software and the machine."""
     known = environment()
     versions = ", ".join(f"{name} {known[name]}" for name in ("mtunet_dist", "git", "python", "torch") if known[name])
     units = torch.backends.cpu.get_cpu_capability()

@@ -1,8 +1,8 @@
 """Train on this machine, one process per GPU (or ``--nproc``): ``python launch/local.py CONFIG key=value...``.
 
 The same as ``torchrun --standalone --nproc-per-node=N -m mtunet_dist.train CONFIG key=value...``, except that N need
-not be given, the config is checked before any process starts, an error stays one line, and ``--max-restarts`` starts
-again only what may end better (see agent.py).
+not be given, the config is checked before any process starts, an error is one line, and ``--max-restarts`` does not
+repeat a failure that would come again (see agent.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``python -m mtunet_dist.prepare``: a source dataset becomes a prepared one, at training resolution, checked.
 
-Resizing full-size PNGs in every epoch costs many times the CPU of reading them prepared. The same command again goes
-on where a killed one stopped.
+Resizing full-size PNGs in every epoch costs many times the CPU of reading them prepared. The same command continues
+after a kill.
 """
 
 from __future__ import annotations

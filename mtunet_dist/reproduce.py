@@ -1,7 +1,8 @@
 """Train, measure and draw the paper's tables and figures: ``python -m mtunet_dist.reproduce table2``.
 
-Each training is an ordinary run folder, made by a process of its own; the same command goes on where it was stopped,
-trains nothing twice, and passes over a training that fails (exit code 1). ``docs/paper.md`` says what each is.
+Each training is an ordinary run folder, made by its own process. The same command continues a stopped one, trains
+nothing twice, and continues after a training that fails (exit code 1). ``docs/paper.md`` describes the tables and
+figures.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Everything is checked before the job is submitted. The job's script is one of this folder with the options in its head.
 The script, the whole config, the state of the code and the logs are in RUN_DIR/slurm. Options are the fields of
-``Options`` in job_script.py; ``--profile`` names a YAML file with those that are the same for all jobs on a cluster.
+``Options`` in job_script.py; ``--profile`` names a YAML file with those that are the same for all jobs of a cluster.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from sweep_objective import Goal
 from sweep_parallel import BEST, DPI, parallel
 from sweep_ranking import Ranking, is_known, limits, values_of
 
-# Colours that the colour-blind tell apart: Okabe and Ito, https://jfly.uni-koeln.de/color
+# Colours that the colour-blind can tell apart: Okabe and Ito, https://jfly.uni-koeln.de/color
 FINISHED, STOPPED, UNFINISHED, FAILED, EXPLOIT = "#0072B2", "#A0A0A0", "#56B4E9", "#000000", "#009E73"
 COLORS = {"finished": FINISHED, "stopped": STOPPED, "unfinished": UNFINISHED, "failed": FAILED}
 NAMES = {
@@ -38,9 +38,9 @@ IN_METRES = ("depth_abs", "depth_rmse")
 def draw(
     ranking: Ranking, sweep: Sweep, found: Importances | None, config: Config | None, folder: Path
 ) -> dict[str, str]:
-    """Draw what there is to see into ``folder``: file name -> what the picture shows.
+    """Draw the pictures into ``folder``. Returns file name -> content of the picture.
 
-    ``config`` (any trial's) tells in which unit depths are; None leaves it out.
+    ``config`` (of any trial) tells the unit of depths; with None the unit is left out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     goals = sweep.objective.goals
@@ -158,7 +158,7 @@ def _style(status: str) -> str:
 
 
 def _legend(ranking: Ranking) -> list[Line2D]:
-    """What the lines mean, and how many there are."""
+    """The meaning of the lines, and their number."""
     handles = [Line2D([], [], color=BEST, lw=2.5, label=f"best: {ranking.best.id}")] if ranking.best else []
     names = {"stopped": "stopped early"}
     for status, color in COLORS.items():
@@ -193,12 +193,12 @@ def _columns(points: Sequence[tuple[float, ...]]) -> tuple[list[float], list[flo
 
 
 def _label(goal: Goal, config: Config | None) -> str:
-    """The goal's name, with its unit where that is known."""
+    """The goal's name, with its unit if that is known."""
     name = NAMES.get(goal.name, goal.name)
     if config is None or goal.name not in IN_METRES:
         return name
     try:
         unit = PreparedDataset(Path(config.data.root)).info.depth.unit
-    except InputError:  # the data may have gone elsewhere since
+    except InputError:  # the data may have been moved since
         return name
     return f"{name} ({'m' if unit == 'metre' else 'in the unit of inverse depth'})"

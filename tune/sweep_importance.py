@@ -1,4 +1,4 @@
-"""Which parameters of a sweep matter, told apart from what chance would show among so few trials."""
+"""Which parameters of a sweep matter more than chance would show among so few trials."""
 
 from __future__ import annotations
 
@@ -21,32 +21,34 @@ from sweep_space import Dimension
 MIN_TRIALS = 12  # with fewer, the best quarter is one or two trials
 BEST = 0.25  # the share of trials that count as good
 SHUFFLES = 99
-CHANCE = 0.95  # of the shuffles show less than what counts as chance
+CHANCE = 0.95  # share of the shuffles that show less than the limit of chance
 
 
 @dataclass(frozen=True)
 class Importance:
-    """How much a goal depends on a parameter, among the trials in which the parameter is active."""
+    """How much a goal depends on a parameter, over the trials in which the parameter is active."""
 
     trials: int
-    strength: float  # 1 = what chance reaches one time in twenty; nan with fewer than MIN_TRIALS
+    strength: float  # 1 = what chance reaches in one of twenty cases; nan with fewer than MIN_TRIALS
     good: tuple[Any, ...]  # its values in the best quarter of these trials
 
 
 @dataclass(frozen=True)
 class Importances:
-    """For each goal the parameters, the most important first."""
+    """The parameters for each goal, the most important first."""
 
-    epoch: int | None  # the values compared are those after this epoch; None: of each trial's last evaluation
+    epoch: int | None  # compare the values after this epoch; None: of each trial's last evaluation
     by_goal: dict[str, dict[str, Importance]]
 
 
 def importances(trials: Sequence[Trial], sweep: Sweep) -> Importances | None:
-    """Judge each parameter; None where a value belongs to no one setting, as trials took over others' weights.
+    """Judge each parameter. None if trials have taken over others' weights, because their values then belong to several
+    settings.
 
-    The importance is that of PED-ANOVA (Watanabe, Bansal, Hutter, IJCAI 2023): how far a parameter's distribution among
-    the best quarter of the trials is from that among all. It is divided by what the same trials show when their values
-    are shuffled. A conditional parameter is judged among the trials that have it, whose best quarter is their own.
+    The importance is that of PED-ANOVA (Watanabe, Bansal, Hutter, IJCAI 2023): the distance between a parameter's
+    distribution among the best quarter of the trials and among all. It is divided by the distance that the same trials
+    show when their values are shuffled. A conditional parameter is judged among the trials that have it, and the best
+    quarter is then taken among these.
     """
     if any(trial.history for trial in trials):
         return None
@@ -67,9 +69,9 @@ def importances(trials: Sequence[Trial], sweep: Sweep) -> Importances | None:
 def _comparable(trials: Sequence[Trial]) -> tuple[int | None, dict[str, dict[str, float]]]:
     """The epoch after which trials are compared (None: the end) and, by trial, the metrics then.
 
-    Where some were stopped because they were worse, their last values are of other epochs than those of the rest, and
-    the rest alone are a selection: all are compared at the last epoch that each of them reached. Failed trials are
-    left out, and so are unfinished ones that are not as far.
+    If some trials were stopped because they were worse, their last values belong to other epochs, and the remaining
+    trials alone are a selection. Therefore all are compared at the last epoch that each of them has reached. Failed
+    trials are left out, and unfinished ones that have not got there.
     """
     ended = [t for t in trials if t.status in ("finished", "stopped") and t.evaluations]
     if all(trial.status == "finished" for trial in ended):
@@ -81,7 +83,7 @@ def _comparable(trials: Sequence[Trial]) -> tuple[int | None, dict[str, dict[str
 
 
 def _groups(trials: Sequence[Trial], names: Sequence[str]) -> list[tuple[list[str], list[Trial]]]:
-    """The parameters, those together that are active in the same trials."""
+    """The parameters in groups: those of a group are active in the same trials."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for key in names:
         groups.setdefault(tuple(t.id for t in trials if key in t.parameters), []).append(key)
@@ -117,7 +119,7 @@ def _judge(
 def _ped_anova(study: optuna.Study, keys: Sequence[str], losses: Sequence[float]) -> dict[str, float]:
     evaluator = PedAnovaImportanceEvaluator(target_quantile=BEST)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that less is better
+        warnings.simplefilter("ignore")  # lower values are better
         return evaluator.evaluate(study, list(keys), target=lambda trial: losses[trial.number])
 
 

@@ -1,4 +1,4 @@
-"""Which trials of a sweep are the better ones: the order of every table and figure, and the trial to train again."""
+"""Which trials of a sweep are better: the order of every table and figure, and the trial to train again."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from sweep_config import Sweep
 from sweep_folder import Trial
 from sweep_objective import Goal
 
-ORDER = {"finished": 0, "stopped": 1, "unfinished": 1, "failed": 2}  # a trial cut short says less of its settings
+ORDER = {"finished": 0, "stopped": 1, "unfinished": 1, "failed": 2}  # a trial that was cut short says less
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The trials of a sweep, best first: those that finished, by their last evaluation, then the others likewise."""
+    """The trials of a sweep, best first: finished ones by their last evaluation, then the others by theirs."""
 
     trials: tuple[Trial, ...]
     best: Trial | None  # the best that finished; if none did, the best that was stopped; None if none has a value
     front: tuple[
         Trial, ...
     ]  # with several goals: those among which ``best`` is chosen that no other beats in every one
-    candidates: tuple[Trial, ...]  # among which ``best`` is chosen
+    candidates: tuple[Trial, ...]  # ``best`` is chosen among these
 
 
 def rank(trials: Sequence[Trial], sweep: Sweep) -> Ranking:
@@ -60,7 +60,8 @@ def is_known(values: Sequence[float]) -> bool:
 
 
 def front_of(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:
-    """Those of ``trials`` (all with known values) that no other equals or beats in every goal and beats in one."""
+    """Those of ``trials`` (all with known values) for which no other trial is at least equal in every goal and better
+    in one."""
     signs = [1 if goal.mode == "max" else -1 for goal in sweep.objective.goals]
     gains = {t.id: [s * v for s, v in zip(signs, values_of(t, sweep), strict=True)] for t in trials}
 
@@ -71,7 +72,7 @@ def front_of(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:
 
 
 def limits(values: Sequence[float], goal: Goal) -> tuple[float, float]:
-    """Ends of an axis that shows the better values: a few far worse ones would squeeze the rest into a line."""
+    """Ends of an axis that shows the better values. A few much worse values would press the others into a line."""
     known = [value for value in values if math.isfinite(value)]
     if not known:
         return 0.0, 1.0

@@ -54,7 +54,7 @@ def train_with_workers(
 
     ``on_eval(step, metrics)`` is called here after each evaluation; the training waits until it returns. What the
     processes print is appended to ``log``. Returns the metrics of the last evaluation. Raises what ``train`` raises in
-    any process, and WorkerLostError when one dies: the same call then goes on from the newest checkpoint. No process
+    any process, and WorkerLostError when one dies: the same call then continues from the newest checkpoint. No process
     is left at the end.
     """
     wait_for_folder(Path(config.run_dir))  # processes of an earlier try end at once, but not before their trial

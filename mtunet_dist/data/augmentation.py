@@ -1,6 +1,6 @@
-"""Random augmentation as numbers: drawn here per (seed, epoch, sample), carried out by whichever loader runs.
+"""Random augmentation as numbers: drawn here per (seed, epoch, sample), carried out by the loader.
 
-Because the draw knows nothing of ranks, batches or threads, a resumed or rescaled run sees the same images.
+The draw does not depend on ranks, batches or threads, so a resumed or rescaled run sees the same images.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mtunet_dist.data.color import ColorMap, color_map
 
 @dataclass(frozen=True)
 class Draw:
-    """What happens to one sample: crop this window, resize it back to full size, change colours, perhaps flip."""
+    """The changes to one sample: crop this window, resize it back to full size, change colours, perhaps flip."""
 
     top: int
     left: int
@@ -70,7 +70,7 @@ class Augmentation:
 
     def draw(self, epoch: int, sample: int) -> Draw:
         """The augmentation of ``sample`` in ``epoch``."""
-        # 2^63 + epoch keeps clear of the keys of the shuffles; the counter gives each sample a stream of its own.
+        # 2^63 + epoch differs from all keys of the shuffles. The counter gives each sample its own stream.
         key = np.array([self.seed, (1 << 63) + epoch], dtype=np.uint64)
         random = np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, sample], dtype=np.uint64)))
         scale = self.scales[int(random.integers(len(self.scales)))]
@@ -79,7 +79,7 @@ class Augmentation:
         left = int(random.integers(self.width - width + 1))
         flip = bool(random.random() < 0.5) and self.flip
         factor = 1.0 / scale if self.depth_kind == "metric" else scale
-        # Colours come last, and always all four, so that switching one on leaves everything else as it was.
+        # Colours come last, and always draw all four, so that switching one on changes nothing else.
         color = self._color(random) if self.colors else None
         return Draw(top, left, height, width, factor, flip, color)
 

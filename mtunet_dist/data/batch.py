@@ -1,4 +1,4 @@
-"""What the loaders share: decoded samples, and putting a batch together."""
+"""The common part of the loaders: decoded samples, and how to make a batch of them."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def draws_of(plan: Plan, augmentation: Augmentation | None) -> list[Draw]:
 
 
 def depth_scales(plan: Plan, draws: Sequence[Draw], scale: float) -> np.ndarray:
-    """float32 (N,): what turns the stored depth of each sample into the dataset's unit, after its zoom."""
+    """float32 (N,): the factor from the stored depth of each sample to the dataset's unit, after its zoom."""
     factors = [draw.depth_factor for draw in draws] or [1.0] * len(plan.samples)
     return np.array([scale * factor for factor in factors], dtype=np.float32)
 
 
 def as_batch(image: Tensor, label: Tensor, depth: Tensor, depth_scale: Tensor, sample: Tensor) -> Batch:
-    """A batch from augmented tensors: image (N, H, W, 3) and label (N, H, W) uint8, depth (N, H, W) in stored units
-    as float32, what multiplies each sample's depth (N,), and the samples' positions int64 (N,)."""
+    """A batch from augmented tensors: image (N, H, W, 3) and label (N, H, W) uint8, depth (N, H, W) in stored units as
+    float32, the depth factor of each sample (N,), and the samples' positions int64 (N,)."""
     return {
         "image": image.permute(0, 3, 1, 2),
         "segmentation": label,

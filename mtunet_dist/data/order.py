@@ -1,6 +1,6 @@
-"""Which samples make up which batch: pure functions of (seed, epoch, rank, world size), never of a reader's state.
+"""Which samples make up which batch: pure functions of (seed, epoch, rank, world size), without any reader state.
 
-An order maps a running batch number to a ``Plan``. Training orders never end; evaluation orders visit every sample
+An order maps a running batch number to a ``Plan``. Training orders never end. Evaluation orders visit every sample
 exactly once over all ranks, without padding.
 """
 
@@ -28,7 +28,7 @@ class Order(Protocol):
 
     @property
     def batches(self) -> int | None:
-        """How many plans there are; None = endless."""
+        """The number of plans; None = endless."""
 
     def plan(self, index: int) -> Plan:
         """Batch number ``index`` of this rank."""
@@ -37,9 +37,9 @@ class Order(Protocol):
 class TrainOrder:
     """Endless training batches: every epoch a new permutation of ``count`` samples, cut into global batches.
 
-    A global batch of ``batch_size`` samples is one optimiser step; it is dealt to ``accumulate`` micro-batches of
-    ``world_size`` ranks, so the same samples enter step ``i`` whatever the number of processes. The samples that
-    do not fill a last global batch are left out of that epoch. Raises InputError when the sizes do not divide.
+    A global batch of ``batch_size`` samples is one optimiser step. It is dealt to ``accumulate`` micro-batches of
+    ``world_size`` ranks, so that the same samples enter step ``i`` for any number of processes. Samples that do not
+    fill a last global batch are left out of that epoch. Raises InputError when the sizes do not divide.
     """
 
     batches = None

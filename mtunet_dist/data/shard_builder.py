@@ -61,8 +61,8 @@ class ShardTask:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Equal for tasks that make the same shard of the same source files, as they were when it was first asked for:
-        a file that changes while the work goes on is found changed by the next run."""
+        """A key that is equal for tasks that make the same shard from the same source files. It holds the files' state
+        at its first use, so that the next run notices a file that changes during the work."""
         return fingerprint(self.source, self.settings, map(stamp, self.samples))
 
 

@@ -1,7 +1,8 @@
-"""SegNet as the MTAN code builds it (github.com/lorenmt/mtan, im2im_pred): what all baselines but ST-UNet share.
+"""SegNet as the MTAN code builds it (github.com/lorenmt/mtan, im2im_pred): the common part of all baselines but
+ST-UNet.
 
-VGG-16's convolutions mirrored, five poolings undone by their indices. Unlike in the SegNet paper a decoder level
-changes its width in the first of its convolutions, not in the last.
+VGG-16's convolutions mirrored, with five poolings that are undone by their indices. Unlike in the SegNet paper, a
+decoder level changes its width in the first of its convolutions, not in the last.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class Maps(NamedTuple):
 class Body(nn.Module):
     """Encoder and decoder of a SegNet: ``forward(image (N, 3, H, W)).decoder[-1]`` is (N, widths[0], H, W).
 
-    ``fed``: each level but the first also sees the maps that another body, ``forward``'s ``shared``, has there.
-    ``whole``: without it the decoder ends with the last unpooling, for a body whose last convolutions nobody reads.
+    ``fed``: each level but the first also takes the maps of another body at that level, ``forward``'s ``shared``.
+    ``whole``: if false, the decoder ends with the last unpooling, for a body whose last convolutions are not used.
     """
 
     def __init__(self, widths: Sequence[int], *, fed: bool = False, whole: bool = True) -> None:
@@ -100,23 +101,23 @@ class Body(nn.Module):
 
 
 def decoder_width(widths: Sequence[int], level: int) -> int:
-    """Channels that decoder level ``level``, counted from the shallowest, hands on."""
+    """Output channels of decoder level ``level``, counted from the shallowest."""
     return widths[max(level - 1, 0)]
 
 
 def pool(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest value of each 2x2 window, and where it was."""
+    """The largest value of each 2x2 window, and its position."""
     pooled, index = F.max_pool2d(x, 2, return_indices=True)
     return pooled, index
 
 
 def unpool(x: Tensor, index: Tensor) -> Tensor:
-    """Each value back to where ``pool`` found it, zeros elsewhere: doubles height and width."""
+    """Put each value back to the position where ``pool`` found it, with zeros elsewhere: doubles height and width."""
     return F.max_unpool2d(x, index, (2, 2))
 
 
 def check_widths(widths: Sequence[int]) -> None:
-    """Refuse, with InputError, what is not a positive width for each of the five levels."""
+    """Raise InputError unless there is a positive width for each of the five levels."""
     if len(widths) != len(CONVS) or min(widths) < 1:
         raise InputError(f"widths must be {len(CONVS)} positive numbers, got {tuple(widths)}")
 

@@ -15,7 +15,7 @@ Stitches = Literal["matrix", "shared"]
 
 
 class CrossStitch(nn.Module):
-    """One SegNet per task; what enters a level is a weighted sum of what all tasks' nets have there.
+    """One SegNet per task; the input of a level is a weighted sum of the maps of all tasks' nets there.
 
     ``outputs`` maps each task's name to its number of channels. ``forward(image (N, 3, H, W) float)`` returns
     ``{task: (N, channels, H, W)}``; H and W must be multiples of 32. Raises InputError for sizes or options that do
@@ -24,7 +24,7 @@ class CrossStitch(nn.Module):
     The nine stitches are where the MTAN code has them: before encoder levels 2 to 5, and before each unpooling, which
     uses the indices of the task's own net. Also kept of that code: one weight per task for all channels; the two
     convolutions of the head with nothing between them. Left out: the log-softmax of class scores and the division of
-    normals by their length (outputs are raw, losses see to it).
+    normals by their length (outputs are raw; the losses do it).
 
     Options:
         widths: channels of the five levels, shallowest first.
@@ -78,7 +78,8 @@ class CrossStitch(nn.Module):
         return {task: head(x) for (task, head), x in zip(self.heads.items(), maps, strict=True)}
 
     def mix(self, place: int, maps: list[Tensor]) -> list[Tensor]:
-        """What each task gets at stitch ``place``, counted from 0, where its net has ``maps[task]``; equal shapes."""
+        """The input of each task at stitch ``place``, counted from 0, where its net has ``maps[task]``; equal
+        shapes."""
         weights = self.mixing[place]
         if weights.ndim == 1:
             return [_weighted_sum(weights, maps)] * len(maps)

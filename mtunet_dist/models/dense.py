@@ -18,9 +18,9 @@ class Dense(nn.Module):
     In the encoder the shared maps are the pooled ones, in the decoder the unpooled ones; the tasks unpool by indices
     of their own. Kept of the MTAN code: that; the width of the first decoder convolution at full resolution, twice
     that of its other one; the two convolutions of the head with nothing between them; the initial values. Left out:
-    the shared net's last two convolutions, which nobody reads (0.04 M parameters that the MTAN code counts: 90.80 and
+    the shared net's last two convolutions, which are not used (0.04 M parameters that the MTAN code counts: 90.80 and
     123.74 M; without gradient they would stop DDP), the log-softmax of class scores and the division of normals by
-    their length (outputs are raw, losses see to it).
+    their length (outputs are raw; the losses do it).
 
     Options:
         widths: channels of the five levels, shallowest first.

@@ -1,4 +1,4 @@
-"""MTAN (Liu, Johns, Davison 2019): one shared SegNet, and for each task attention that picks from its maps."""
+"""MTAN (Liu, Johns, Davison 2019): one shared SegNet, and attention for each task that selects from its maps."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class MTAN(nn.Module):
         masks_down = cast("nn.ModuleList", self.masks_down[task])
         masks_up = cast("nn.ModuleList", self.masks_up[task])
         masks: list[Tensor] = []
-        carried: list[Tensor] = []  # what comes from the level before, nothing at first
+        carried: list[Tensor] = []  # the maps from the level before, empty at first
         for (first, last), to_mask, carry in zip(maps.encoder, masks_down, self.carry_down, strict=True):
             mask = to_mask(torch.cat([first, *carried], dim=1))
             masks.append(mask)

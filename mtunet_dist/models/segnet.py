@@ -16,7 +16,7 @@ class SegNet(nn.Module):
     not fit. 24.98 M parameters for each task.
 
     Kept of the MTAN code: the two convolutions of the head with nothing between them; the initial values. Left out:
-    the log-softmax of class scores and the division of normals by their length; outputs are raw, losses see to it.
+    the log-softmax of class scores and the division of normals by their length; outputs are raw; the losses do it.
 
     Options:
         widths: channels of the five levels, shallowest first.

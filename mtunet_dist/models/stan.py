@@ -14,7 +14,7 @@ class STAN(nn.Module):
 
     ``outputs`` maps each task's name to its number of channels. ``forward(image (N, 3, H, W) float)`` returns
     ``{task: (N, channels, H, W)}``; H and W must be multiples of 32. Raises InputError for sizes or options that do
-    not fit. 38.19 M parameters for each task. What is kept of the MTAN code and what not is said in ``MTAN``.
+    not fit. 38.19 M parameters for each task. ``MTAN`` lists what is kept of the MTAN code.
 
     Options:
         widths: channels of the five levels, shallowest first.
