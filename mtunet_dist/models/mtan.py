@@ -50,7 +50,7 @@ class MTAN(nn.Module):
     Kept of the MTAN code: the convolutions that carry a task's maps on are shared by all tasks, running statistics
     included; bilinear upsampling with aligned corners; the two convolutions of the head with nothing between them; the
     initial values. Left out: the log-softmax of class scores and the division of normals by their length (outputs are
-    raw, losses see to it), and the loss weights kept in the model (they are ``weighting.name=uncertainty``).
+    raw; the losses do it), and the loss weights kept in the model (they are ``weighting.name=uncertainty``).
 
     Options:
         widths: channels of the five levels, shallowest first.
