@@ -65,7 +65,7 @@ class Agent(LocalElasticAgent):
     """torch's agent. Before it restarts the processes, it checks the exit code of the first process that failed."""
 
     failure: ProcessFailure | None = None
-    shutdowns = 0  # number of shutdowns that have begun
+    signals = 0  # number of signals that have made it shut down its processes
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:  # torch's manual calls it an extension point
         result: RunResult = super()._monitor_workers(worker_group)
@@ -89,7 +89,7 @@ class Agent(LocalElasticAgent):
         return result
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
-        self.shutdowns += 1
+        self.signals += isinstance(sys.exception(), SignalException)  # a restart shuts down too, without a signal
         if self.interrupted:
             death_sig, timeout = signal.SIGKILL, 1
         super()._shutdown(death_sig, timeout)
@@ -97,7 +97,7 @@ class Agent(LocalElasticAgent):
     @property
     def interrupted(self) -> bool:
         """Whether a second signal came while the processes were ending after the first one."""
-        return self.shutdowns > 1
+        return self.signals > 1
 
     @property
     def exit_codes(self) -> set[int | None]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from training import MakeConfig, final_state
+from training import LOSSES, MakeConfig, final_state
 
 from mtunet_dist import checkpoint, environment, resume
 from mtunet_dist.errors import InputError, MTUNetError
@@ -131,7 +131,9 @@ def test_a_best_model_that_could_not_be_written_leaves_room_for_the_next(
         return save(folder, state, **options)
 
     monkeypatch.setattr(checkpoint, "save", fail_once)
-    monkeypatch.setattr("mtunet_dist.train.evaluate", lambda *_, **__: Evaluation(5, {"miou": next(values)}, {}))
+    monkeypatch.setattr(
+        "mtunet_dist.train.evaluate", lambda *_, **__: Evaluation(5, {"miou": next(values), **LOSSES}, {})
+    )
     config = make_config("epochs=4", "on_write_error=continue")
     with pytest.warns(UserWarning, match="no disk"):
         train(config)

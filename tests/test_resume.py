@@ -13,6 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import (
     LAUNCH,
+    LOSSES,
     MakeConfig,
     assert_same_state,
     copy_as_of,
@@ -130,7 +131,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(make_config: M
 def test_best_is_remembered_over_a_resume(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     best = Path(make_config().run_dir) / "checkpoints" / "best.pt"
     for epochs, miou, best_step in ((1, 0.5, 3), (2, 0.4, 3), (3, 0.6, 9)):
-        evaluation = Evaluation(5, {"miou": miou}, {})
+        evaluation = Evaluation(5, {"miou": miou, **LOSSES}, {})
         monkeypatch.setattr("mtunet_dist.train.evaluate", lambda *_, result=evaluation, **__: result)
         train(make_config(f"epochs={epochs}"))
         assert checkpoint.load(best)["step"] == best_step

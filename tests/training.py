@@ -29,6 +29,9 @@ LAUNCH = [sys.executable, str(Path(__file__).parent.parent / "launch" / "local.p
 PRELOAD = ["__main__", "mtunet_dist.train", "mtunet_dist.data.dali"]
 
 
+LOSSES = {"loss/segmentation": 1.0, "loss/depth": 1.0}  # what every evaluation gives beside other metrics
+
+
 def records(run_dir: str | Path, kind: str) -> list[dict[str, float]]:
     lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
     return [r for r in map(json.loads, lines) if r["kind"] == kind]

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,9 +187,13 @@ def tasks_of(source: Source[Any], settings: Settings, out: Path) -> list[ShardTa
         for split, samples in source.splits().items()
         for number, start in enumerate(range(0, len(samples), size))
     ]
+
+    def look(task: ShardTask) -> None:
+        with suppress(InputError):  # a check of all samples, which comes later, names every file that is missing
+            _ = task.fingerprint
+
     with ThreadPoolExecutor(16) as pool:  # threads hide the latency of network disks
-        for _ in pool.map(lambda task: task.fingerprint, tasks):
-            pass
+        list(pool.map(look, tasks))
     return tasks
 
 

@@ -94,26 +94,31 @@ class TorchLoader:
             # A forked child hangs once CUDA or DALI has threads in this process.
             multiprocessing_context="spawn" if self.workers else None,
         )
-        with _deaf_children():
+        with _lost_workers(), _deaf_children():
             items = iter(loader)
         for index in itertools.count(start):
-            try:
-                item = next(items)
-            except StopIteration:
+            with _lost_workers():
+                item = next(items, None)
+            if item is None:
                 return
-            except RuntimeError as error:
-                if "DataLoader worker (pid" not in str(error):
-                    raise
-                killed = (
-                    "a worker process of data.loader=torch was killed, perhaps for its memory: use fewer data.threads"
-                )
-                again = f"({' '.join(str(error).split())}); the same command goes on from the newest checkpoint"
-                raise LostProcessError(f"{killed} {again}") from None
             for position, why in item.broken.items():
                 self.broken.add(position, why)
             if item.broken:
                 self.broken.count(self.order.plan(index).samples)
             yield as_batch(*(send(x, self.device) for x in item.tensors()))
+
+
+@contextmanager
+def _lost_workers() -> Iterator[None]:
+    """Inside, the end of a worker process is a LostProcessError. torch's signal handler may raise it anywhere."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        killed = "a worker process of data.loader=torch was killed, perhaps for its memory: use fewer data.threads"
+        again = f"({' '.join(str(error).split())}); the same command goes on from the newest checkpoint"
+        raise LostProcessError(f"{killed} {again}") from None
 
 
 class _DecodedBatches(Dataset[Item]):
