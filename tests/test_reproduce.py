@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,14 @@ def tiny_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every dataset has the three classes of the tiny data."""
     for name, dataset in DATASETS.items():
         monkeypatch.setitem(experiments.DATASETS, name, dataclasses.replace(dataset, classes=3))
+
+
+@pytest.fixture
+def heard_interrupts() -> Iterator[None]:
+    """SIGINT as in the foreground. Tests that a script starts in the background ignore it, and so would the code."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -165,7 +173,9 @@ def test_a_failed_training_is_passed_over_and_said(
     assert "the training is not finished" in (tmp_path / "smoke" / "table2.md").read_text(encoding="utf-8")
 
 
-def test_a_signal_stops_what_runs_and_starts_no_more(make_setup: MakeSetup, tmp_path: Path) -> None:
+def test_a_signal_stops_what_runs_and_starts_no_more(
+    make_setup: MakeSetup, tmp_path: Path, heard_interrupts: None
+) -> None:
     """As torchrun does, the stand-in of a training waits for SIGTERM and then takes its time."""
     code = (
         "import pathlib, signal, sys, time; folder = pathlib.Path(sys.argv[1]).parent\n"
