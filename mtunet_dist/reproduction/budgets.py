@@ -46,7 +46,7 @@ BUDGETS: dict[str, Budget] = {
     "short": Budget(
         seeds={"nyuv2": 1, "cityscapes": 3, "streets": 3},
         common=(*_NARROW, "optim.lr=3e-3", "optim.warmup_epochs=1", "data.augment.flip=true"),
-        # With four channels at full resolution one depth network in three dies: its output becomes a constant.
+        # With four channels at full resolution some depth networks die: their output becomes a constant.
         families={
             "unet": ("model.widths=[8,16,24,32]", "model.bottleneck=64", _NO_DROPOUT),
             "segnet": ("model.widths=[8,16,24,32,32]",),
