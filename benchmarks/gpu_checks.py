@@ -27,6 +27,7 @@ from mtunet_dist.prepare import prepare
 from mtunet_dist.synthesize import synthesize
 from mtunet_dist.synthetic.tree import Settings
 from steps import CLASSES, DEPTH, random_batch, training
+from throughput import seconds
 
 DRY_SECONDS = 200.0  # the least time limit of a check on a CPU
 NARROW = ("model.widths=[8,16,32,64]", "model.bottleneck=128")
@@ -70,8 +71,9 @@ def _data(out: Path) -> Path:
 
 
 def _missing(*packages: str) -> str | None:
-    lacking = [package for package in packages if importlib.util.find_spec(package) is None]
-    return f"{', '.join(lacking)} is not installed" if lacking else None
+    """Name the first of ``packages`` that is not installed. A package stands behind the one that contains it."""
+    lacking = next((package for package in packages if importlib.util.find_spec(package) is None), None)
+    return f"{lacking} is not installed" if lacking else None
 
 
 def versions(out: Path, dry: bool) -> Found:
@@ -132,7 +134,7 @@ def fp16_overflow(out: Path, dry: bool) -> Found:
 def mixed_decoding(out: Path, dry: bool) -> Found:
     """DALI's pixels compared with PIL's, with and without the GPU's JPEG engine; augmented ones with the torch
     loader's."""
-    if lacking := _missing("nvidia.dali") if importlib.util.find_spec("nvidia") else "DALI is not installed":
+    if lacking := _missing("nvidia", "nvidia.dali"):
         return Found(None, lacking)
     root, worst, device = _data(out), {}, _device(dry)
     for load in ("0.0", "1.0"):
@@ -150,7 +152,7 @@ def mixed_decoding(out: Path, dry: bool) -> Found:
 
 def dali_memory(out: Path, dry: bool) -> Found:
     """Batches are read long after they were handed out, while DALI continues to decode."""
-    if lacking := _missing("nvidia.dali") if importlib.util.find_spec("nvidia") else "DALI is not installed":
+    if lacking := _missing("nvidia", "nvidia.dali"):
         return Found(None, lacking)
     root, device = _data(out), _device(dry)
     config = _config(root, "batch_size=4")
@@ -247,7 +249,7 @@ def throughput(out: Path, dry: bool) -> Found:
     """Loading alone, by loader."""
     root, device, rates = _data(out), _device(dry), {}
     for name, words in {"dali": [], "torch": ["data.loader=torch"], "cache=device": ["data.cache=device"]}.items():
-        if name == "dali" and (importlib.util.find_spec("nvidia") is None or _missing("nvidia.dali")):
+        if name == "dali" and _missing("nvidia", "nvidia.dali"):
             continue
         batches = _batches(_config(root, "batch_size=16", *words), device)
         rates[name] = 16 / _seconds(lambda b=batches: next(b), 20, device)  # type: ignore[misc]
@@ -298,16 +300,8 @@ CHECKS: dict[str, Check] = {
 
 def _seconds(work: Callable[[], object], times: int, device: torch.device) -> float:
     """Mean seconds of one call over ``times`` calls, after a few warm-up calls."""
-    for _ in range(3):
-        work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(times):
-        work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / times
+    seconds(work, 3, device)
+    return seconds(work, times, device) / times
 
 
 def _gradients(config: Config, device: torch.device) -> tuple[float, list[torch.Tensor]]:

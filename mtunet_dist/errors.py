@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any, get_args
 
 from mtunet_dist import terminal
 
@@ -52,6 +53,12 @@ def closest(name: str, names: Sequence[str]) -> str:
     """Return `` Did you mean 'x'?`` for a misspelt ``name``, or an empty text. It is a part of an error message."""
     near = nearest(name, names)
     return f" Did you mean '{near}'?" if near else ""
+
+
+def check_choice(name: str, value: object, kind: Any) -> None:
+    """Raise InputError, with the valid choices, if ``value`` of the option ``name`` is none of the Literal ``kind``."""
+    if value not in get_args(kind):
+        raise InputError(f"{name} must be one of {', '.join(get_args(kind))}, got '{value}'")
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:

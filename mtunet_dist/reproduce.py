@@ -271,10 +271,12 @@ def main() -> None:
     if args.list:
         print("\n".join(listing(targets, setup)))
         return
-    check_settings(targets, setup)
-    for dataset in dict.fromkeys(name for target in targets.values() for name in target.datasets):
-        if DATASETS[dataset].kind == STREETS:
-            prepare_streets(args.streets, DATASETS[dataset].classes, setup.budget.streets_size)
+    datasets = dict.fromkeys(name for target in targets.values() for name in target.datasets)
+    streets = [DATASETS[name] for name in datasets if DATASETS[name].kind == STREETS]
+    if streets:
+        check_settings(targets, setup)  # drawing takes minutes
+    for dataset in streets:
+        prepare_streets(args.streets, dataset.classes, setup.budget.streets_size)
     reproduction = Reproduction(targets, setup)
     folder = args.out / args.budget
     with lock_folder(folder, f"another reproduce is running in {folder}"):

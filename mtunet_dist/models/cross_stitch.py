@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from mtunet_dist.errors import InputError
+from mtunet_dist.errors import InputError, check_choice
 from mtunet_dist.models._blocks import check_outputs, check_size
 from mtunet_dist.models._segnet import STRIDE, WIDTHS, Body, Head, check_widths, initialise, pool, unpool
 
@@ -45,8 +45,7 @@ class CrossStitch(nn.Module):
         super().__init__()
         check_outputs(outputs)
         check_widths(widths)
-        if stitches not in get_args(Stitches):
-            raise InputError(f"stitches must be one of {', '.join(get_args(Stitches))}, got '{stitches}'")
+        check_choice("stitches", stitches, Stitches)
         if not 0 <= own <= 1:
             raise InputError(f"own must be in [0, 1], got {own}")
         self.bodies = nn.ModuleDict({task: Body(widths) for task in outputs})

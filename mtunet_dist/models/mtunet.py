@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtunet_dist.errors import InputError
+from mtunet_dist.errors import InputError, check_choice
 from mtunet_dist.models._blocks import (
     Bilinear,
     ConvReLUBN,
@@ -122,8 +122,7 @@ class MTUNet(nn.Module):
             ("upsampling", upsampling, Upsampling),
             ("cross_talk_from", cross_talk_from, CrossTalkFrom),
         ):
-            if value not in get_args(kind):
-                raise InputError(f"{name} must be one of {', '.join(get_args(kind))}, got '{value}'")
+            check_choice(name, value, kind)
         self.cross_talk = cross_talk and len(outputs) > 1
         self.says_raw = cross_talk_from == "raw"
         self.encoder = DenseEncoder(

@@ -98,9 +98,8 @@ def beside_the_paper(table: str, lines: Sequence[Line]) -> list[str]:
     columns = list(AS_THE_PAPER.values())
     headings = ["", "data", *(f"{c}, paper" for c in columns), *(f"{c}, ours" for c in columns)]
     text = [_line(headings), _line(["---", "---", *["---:"] * (len(headings) - 2)])]
-    of_stand_in = {stand_in: dataset for dataset, stand_in in STAND_INS.items()}
     for line in (line for line in lines if line.kind == "paper"):
-        theirs = THE_PAPER[table][line.system, of_stand_in.get(line.dataset, line.dataset)]
+        theirs = _papers_figures(table, line)
         paper = [_cell(name, [theirs[name]]) for name in FIGURES]
         ours = [_cell(name, line.figures[f"legacy/{name}"]) for name in FIGURES]
         text.append(_line([line.title, DATASETS[line.dataset].title, *paper, *ours]))
@@ -138,7 +137,6 @@ def write_csv(path: Path, table: str, lines: Sequence[Line]) -> None:
     """One line per row: mean and standard deviation of each metric, unrounded, and the paper's figures. Unknown ones
     are empty."""
     temporary = path.with_suffix(".tmp")
-    of_stand_in = {stand_in: dataset for dataset, stand_in in STAND_INS.items()}
     with temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         figures = [f"{name}_{what}" for name in IN_CSV for what in ("mean", "std")]
@@ -147,7 +145,7 @@ def write_csv(path: Path, table: str, lines: Sequence[Line]) -> None:
             ["kind", "system", "dataset", "parameters", "seeds", "failed_seeds", *figures, "minutes", *papers]
         )
         for line in lines:
-            theirs = THE_PAPER.get(table, {}).get((line.system, of_stand_in.get(line.dataset, line.dataset)), {})
+            theirs = _papers_figures(table, line)
             values = [value for name in IN_CSV for value in mean_and_std(line.figures.get(name, ()))]
             known = ["" if value is None else value for value in (line.parameters, *values, line.minutes)]
             seeds = [" ".join(map(str, s)) for s in (line.seeds, line.failed)]
@@ -161,6 +159,12 @@ def mean_and_std(values: Sequence[float]) -> tuple[float | None, float | None]:
     known = [value for value in values if not math.isnan(value)]
     mean = statistics.fmean(known) if known else None
     return mean, statistics.stdev(known) if len(known) > 1 else None
+
+
+def _papers_figures(table: str, line: Line) -> dict[str, float]:
+    """The paper's figures for a row of its ``table``, also where a stand-in replaces its dataset; else empty."""
+    of_stand_in = {stand_in: dataset for dataset, stand_in in STAND_INS.items()}
+    return THE_PAPER.get(table, {}).get((line.system, of_stand_in.get(line.dataset, line.dataset)), {})
 
 
 def _cell(name: str, values: Sequence[float]) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mtunet_dist import distributed
-from mtunet_dist.errors import InputError
+from mtunet_dist.errors import InputError, check_choice
 
 FLOOR = 1e-2  # no weight falls below
 ALPHA_RANGE = (0.1, 10.0)
@@ -85,8 +85,7 @@ class LearnedWeighting(nn.Module):
             ("parametrization", parametrization, Parametrization),
             ("optimizer", optimizer, Optimizer),
         ):
-            if value not in get_args(kind):
-                raise InputError(f"{name} must be one of {', '.join(get_args(kind))}, got '{value}'")
+            check_choice(name, value, kind)
         self.tasks, self.lr, self.window = list(tasks), lr, window
         self.update, self.parametrization, self.optimizer = update, parametrization, optimizer
         n = len(tasks)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from mtunet_dist.errors import InputError
+from mtunet_dist.errors import InputError, check_choice
 
 Shape = Literal["constant", "linear", "cosine", "step"]
 
@@ -51,8 +51,7 @@ class ScheduledWeighting(nn.Module):
                 raise InputError(f"{name} needs one number for each of {', '.join(tasks)}, got {tuple(weights)}")
             if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
                 raise InputError(f"{name} must be finite and >= 0, got {tuple(weights)}")
-        if shape not in get_args(Shape):
-            raise InputError(f"shape must be one of {', '.join(get_args(Shape))}, got '{shape}'")
+        check_choice("shape", shape, Shape)
         if not 0 <= begin_epoch < end_epoch:
             raise InputError(f"epochs must be 0 <= begin_epoch < end_epoch, got {begin_epoch} and {end_epoch}")
         if steps < 1:
