@@ -232,6 +232,7 @@ class TwoHosts:
         """``launch/nodes.py words...`` on a host."""
         inside = ["ip", "netns", "exec", self.names[host]]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment.pop("GLOO_SOCKET_IFNAME", None)  # these hosts have interfaces of their own
         process = subprocess.Popen([*inside, *LAUNCH, *words], env=environment, stderr=subprocess.PIPE, text=True)
         self.running.append(process)
         return process

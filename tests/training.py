@@ -135,7 +135,9 @@ def wait_until(condition: Callable[[], bool], *running: subprocess.Popen[str], p
     deadline = time.monotonic() + patience_s
     while not condition():
         for process in running:
-            assert process.poll() is None, f"ended with {process.returncode}"
+            if process.poll() is not None:
+                said = process.stderr.read() if process.stderr else ""
+                raise AssertionError(f"ended with {process.returncode}: {said}")
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
