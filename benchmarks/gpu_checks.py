@@ -17,15 +17,16 @@ from pathlib import Path
 
 import torch
 
-from mtunet_dist import checkpoint, environment, records
 from mtunet_dist.config import Config, load_config
+from mtunet_dist.core.step import Batch, build_step, place, share_valid_counts
 from mtunet_dist.data.loader import make_augmentation, make_loader
 from mtunet_dist.data.order import EvalOrder, TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
-from mtunet_dist.multitask import Batch, build_step, place, share_valid_counts
 from mtunet_dist.prepare import prepare
+from mtunet_dist.runs import checkpoint, provenance
 from mtunet_dist.synthesize import synthesize
 from mtunet_dist.synthetic.tree import Settings
+from mtunet_dist.system import records
 from steps import CLASSES, DEPTH, random_batch, training
 from throughput import seconds
 
@@ -78,7 +79,7 @@ def _missing(*packages: str) -> str | None:
 
 def versions(out: Path, dry: bool) -> Found:
     """The hardware and versions on which bits and speed depend."""
-    found = environment.fingerprint()
+    found = provenance.fingerprint()
     return Found(dry or torch.cuda.is_available(), ", ".join(f"{k} {v}" for k, v in found.items() if v != "none"))
 
 

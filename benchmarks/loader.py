@@ -44,10 +44,10 @@ from mtunet_dist.data.loader import make_augmentation, make_loader
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.data.splits import ShardSplit
-from mtunet_dist.environment import environment
-from mtunet_dist.errors import command
 from mtunet_dist.prepare import prepare
+from mtunet_dist.runs.provenance import environment
 from mtunet_dist.sources._images import PARTS
+from mtunet_dist.system.command import command
 
 Item = tuple[np.ndarray, np.ndarray, np.ndarray]
 CLOCK = os.sysconf("SC_CLK_TCK")

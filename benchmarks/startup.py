@@ -24,9 +24,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from mtunet_dist import arguments
 from mtunet_dist.config import load_config
-from mtunet_dist.errors import InputError, command
+from mtunet_dist.errors import InputError
+from mtunet_dist.system import arguments
+from mtunet_dist.system.command import command
 from turns import about, markdown, take_turns
 
 HERE = Path(__file__).parent

@@ -22,11 +22,13 @@ from functools import partial
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtunet_dist import arguments, distributed
+from mtunet_dist import distributed
 from mtunet_dist.config import Config, load_config
-from mtunet_dist.errors import InputError, command
-from mtunet_dist.machine import cpus
-from mtunet_dist.multitask import DTYPES, build_step
+from mtunet_dist.core.step import DTYPES, build_step
+from mtunet_dist.errors import InputError
+from mtunet_dist.system import arguments
+from mtunet_dist.system.command import command
+from mtunet_dist.system.machine import cpus
 from steps import CLASSES, DEPTH, random_batch, training
 from turns import Crew, Turn, about, markdown, median, take_turns
 

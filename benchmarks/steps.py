@@ -8,7 +8,7 @@ import torch
 
 from mtunet_dist import plugins
 from mtunet_dist.config import Config
-from mtunet_dist.multitask import Batch, build_step, share_valid_counts
+from mtunet_dist.core.step import Batch, build_step, share_valid_counts
 from mtunet_dist.schema import ClassInfo, DepthInfo
 from mtunet_dist.strategies._strategy import Strategy
 

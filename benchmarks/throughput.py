@@ -26,11 +26,11 @@ from rich.table import Table
 
 from mtunet_dist import distributed
 from mtunet_dist.config import Config, load_config
+from mtunet_dist.core.step import Batch
 from mtunet_dist.data.loader import make_loader
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
-from mtunet_dist.errors import command
-from mtunet_dist.multitask import Batch
+from mtunet_dist.system.command import command
 from steps import training
 from turns import Work, about, take_turns
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from mtunet_dist import distributed
-from mtunet_dist.environment import environment
+from mtunet_dist.runs.provenance import environment
 
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")

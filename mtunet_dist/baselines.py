@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtunet_dist.core.step import Depth, Segmentation, Task
 from mtunet_dist.data.broken import OnError
 from mtunet_dist.data.splits import Split
 from mtunet_dist.errors import InputError
-from mtunet_dist.multitask import Depth, Segmentation, Task
 from mtunet_dist.schema import VOID
 
 MAX_SAMPLES = 500

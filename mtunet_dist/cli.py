@@ -5,15 +5,21 @@ from __future__ import annotations
 import importlib
 import sys
 
-from mtunet_dist import __version__, startup
-from mtunet_dist.errors import InputError, closest, command
+from mtunet_dist import __version__
+from mtunet_dist.errors import InputError, closest
+from mtunet_dist.system import startup
+from mtunet_dist.system.command import command
 
 VERBS = {
     "synthesize": "write synthetic street scenes in the layout of Cityscapes",
     "prepare": "turn a published dataset, or your own, into a prepared one",
     "summary": "what is in a prepared dataset, in figures and as a picture",
-    "train": "train, or resume a training",
+    "train": "train, or resume a training, in one process or under torchrun",
+    "launch": "train with all processes of this machine, or on many nodes",
     "evaluate": "metrics of a run or a checkpoint",
+    "sweep": "search for good settings with Ray Tune",
+    "submit": "submit a training, a sweep or a reproduction to Slurm",
+    "status": "the runs under a folder and their progress",
     "reproduce": "the tables and figures of the paper",
     "predict": "label and depth of your own images",
     "export": "the weights as safetensors, for other programs",

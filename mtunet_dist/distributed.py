@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from mtunet_dist.addresses import use_route_to
-from mtunet_dist.children import end_with_parent
-from mtunet_dist.errors import END_S, InputError, MTUNetError, PreemptedError
+from mtunet_dist.errors import InputError, MTUNetError, PreemptedError
+from mtunet_dist.system.addresses import use_route_to
+from mtunet_dist.system.children import end_with_parent
+from mtunet_dist.system.command import END_S
 
 T = TypeVar("T")
 

@@ -7,145 +7,25 @@ Works under torchrun too; the figures do not depend on the number of processes.
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
 import math
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
-from mtunet_dist import arguments, checkpoint, distributed
+from mtunet_dist import distributed
 from mtunet_dist.baselines import ConstantPredictor
-from mtunet_dist.config import Config, config_from_text
-from mtunet_dist.data.info import DatasetInfo
-from mtunet_dist.data.loader import Loader, make_loader
-from mtunet_dist.data.order import EvalOrder
 from mtunet_dist.data.prepared import PreparedDataset
-from mtunet_dist.data.splits import Split
-from mtunet_dist.errors import InputError, MTUNetError, command
-from mtunet_dist.files import write_json
-from mtunet_dist.metrics import SegmentationMetric, higher_is_better
-from mtunet_dist.multitask import MultiTaskStep, Segmentation, Task, build_step, place
+from mtunet_dist.errors import MTUNetError
+from mtunet_dist.metrics import higher_is_better
+from mtunet_dist.runs.evaluation import Evaluation, eval_loader, evaluate
+from mtunet_dist.runs.loading import check_same_meaning, load_run, load_step
+from mtunet_dist.system import arguments
+from mtunet_dist.system.command import command
+from mtunet_dist.system.files import write_json
 
 HEADINGS = {"trained": "trained", "constant": "best constant"}  # headings of the table, by key in the JSON
-
-
-class Predictor(Protocol):
-    """An object that can be evaluated."""
-
-    tasks: list[Task]
-
-    def predict(self, image: Tensor) -> dict[str, Tensor]:
-        """Outputs {task: float32 (N, channels, H, W)} for uint8 images (N, 3, H, W)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """Figures over a whole split, equal on all ranks. ``class_iou`` is NaN for classes that do not occur."""
-
-    samples: int
-    metrics: dict[str, float]
-    class_iou: dict[str, float]
-
-    def as_dict(self) -> dict[str, object]:
-        """The figures as JSON values. NaN becomes null."""
-        clean = [{k: None if math.isnan(v) else v for k, v in d.items()} for d in (self.metrics, self.class_iou)]
-        return {"samples": self.samples, "metrics": clean[0], "class_iou": clean[1]}
-
-
-@torch.no_grad()
-def evaluate(
-    predictor: Predictor, loader: Loader, device: torch.device, on_batch: Callable[[], None] = lambda: None
-) -> Evaluation:
-    """Run ``predictor``, in evaluation mode, on this rank's share of a split, and sum the results over all ranks.
-
-    The metrics are those of ``metric_names``. ``on_batch`` is called after each batch.
-    """
-    metrics = {task.name: task.metric(device) for task in predictor.tasks}
-    losses = {task.name: torch.zeros(2, dtype=torch.float64, device=device) for task in predictor.tasks}
-    samples = torch.zeros((), dtype=torch.int64, device=device)
-    for batch in loader.batches():
-        outputs = predictor.predict(batch["image"])
-        samples += len(batch["image"])
-        for task in predictor.tasks:
-            prediction, target = outputs[task.name], batch[task.name]
-            metrics[task.name].update(prediction, target)
-            losses[task.name] += torch.stack(task.loss(prediction, target)).double()
-        on_batch()
-    state = [samples, *losses.values(), *(t for m in metrics.values() for t in m.tensors())]
-    for tensor in state:
-        distributed.all_reduce_sum(tensor)
-
-    figures: dict[str, float] = {}
-    class_iou: dict[str, float] = {}
-    for task in predictor.tasks:
-        metric = metrics[task.name]
-        figures |= metric.compute()
-        total, count = losses[task.name].tolist()
-        figures[f"loss/{task.name}"] = total / max(count, 1.0)
-        if isinstance(task, Segmentation) and isinstance(metric, SegmentationMetric):
-            class_iou = dict(zip((c.name for c in task.classes), metric.iou_per_class(), strict=True))
-    return Evaluation(int(samples), figures, class_iou)
-
-
-def metric_names(tasks: Sequence[Task]) -> list[str]:
-    """The names of the metrics that ``evaluate`` returns for ``tasks``."""
-    return [n for t in tasks for n in (*t.metric(torch.device("cpu")).compute(), f"loss/{t.name}")]
-
-
-def eval_loader(config: Config, split: Split, device: torch.device) -> Loader:
-    """A loader of this rank's share of ``split``, with every sample once. InputError if there is no such split."""
-    if not len(split):
-        raise InputError(f"{split.root}: the split '{'+'.join(split.names)}' has no samples to evaluate on")
-    order = EvalOrder(
-        len(split),
-        batch_size=config.eval_batch_size,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-    )
-    return make_loader(config.data, split, order, device)
-
-
-def load_step(state: checkpoint.State, config: Config, device: torch.device) -> MultiTaskStep:
-    """The trained MultiTaskStep of a checkpoint, in evaluation mode on ``device``."""
-    info = DatasetInfo.from_json(json.loads(state["dataset"]))
-    step = build_step(config, info.classes, info.depth)
-    step.load_state_dict(state["strategy"]["model"])
-    return place(step, device, config.channels_last).eval()
-
-
-def add_run_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the ``path`` that ``load_run`` takes to a command line."""
-    parser.add_argument(
-        "path",
-        type=arguments.path,
-        metavar="RUN_OR_CHECKPOINT",
-        help="a checkpoint, or a run folder: its best.pt, else its newest",
-    )
-
-
-def load_run(path: Path, overrides: Sequence[str]) -> tuple[checkpoint.State, Config, Path]:
-    """The checkpoint of ``path`` (a run folder or a checkpoint), its config with ``overrides``, and its file."""
-    file = checkpoint.resolve(path)
-    checkpoint.check(file)
-    state = checkpoint.load(file)
-    return state, config_from_text(state["config"], overrides), file
-
-
-def check_same_meaning(dataset: DatasetInfo, state: checkpoint.State) -> None:
-    """Raise InputError if the classes or depth of a dataset differ from those that the checkpoint was trained on."""
-    trained = DatasetInfo.from_json(json.loads(state["dataset"]))
-    for what in ("classes", "depth"):
-        here, there = getattr(dataset, what), getattr(trained, what)
-        if here != there:
-            raise InputError(f"the dataset's {what} {here} are not those the checkpoint was trained on: {there}")
 
 
 def table(title: str, columns: dict[str, Evaluation]) -> Table:
@@ -174,7 +54,7 @@ def _cell(key: str, value: float) -> str:
 def main() -> None:
     """Print the table and write ``evaluation-SPLIT.json`` beside the checkpoints."""
     parser = arguments.parser("evaluate", __doc__.splitlines()[0])
-    add_run_argument(parser)
+    arguments.add_run(parser)
     parser.add_argument("--split", help="a split of the dataset, or several: train+val (default: the run's data.eval)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run's config, as data.root=")
     arguments.add_device(parser)

@@ -14,10 +14,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from mtunet_dist import arguments, checkpoint
-from mtunet_dist.errors import InputError, command
-from mtunet_dist.evaluate import add_run_argument, load_run
-from mtunet_dist.multitask import IMAGE_MEAN, IMAGE_STD
+from mtunet_dist.core.step import IMAGE_MEAN, IMAGE_STD
+from mtunet_dist.errors import InputError
+from mtunet_dist.runs import checkpoint
+from mtunet_dist.runs.loading import load_run
+from mtunet_dist.system import arguments
+from mtunet_dist.system.command import command
 
 
 def export(state: checkpoint.State, out: Path) -> int:
@@ -50,7 +52,7 @@ def export(state: checkpoint.State, out: Path) -> int:
 def main() -> None:
     """The command line."""
     parser = arguments.parser("export", __doc__.splitlines()[0])
-    add_run_argument(parser)
+    arguments.add_run(parser)
     parser.add_argument(
         "--out",
         type=arguments.file(".safetensors"),

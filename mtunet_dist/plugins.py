@@ -16,7 +16,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from mtunet_dist.errors import InputError, closest
+from mtunet_dist.errors import InputError, closest, needs
 
 PACKAGES = {"model": "models", "weighting": "weightings", "source": "sources", "strategy": "strategies"}
 
@@ -33,7 +33,10 @@ def find(kind: str, name: str) -> type:
     names = available(kind)
     if name not in names:
         raise InputError(f"unknown {kind} '{name}'.{closest(name, names)} Available: {', '.join(names)}")
-    module = importlib.import_module(f"mtunet_dist.{PACKAGES[kind]}.{name}")
+    try:
+        module = importlib.import_module(f"mtunet_dist.{PACKAGES[kind]}.{name}")
+    except ModuleNotFoundError as error:
+        raise needs(f"{kind} '{name}'", error) from None
     plugin: object = getattr(module, "PLUGIN", None)
     if not isinstance(plugin, type):
         raise InputError(f"{module.__file__} must end with PLUGIN = TheClass, as every file of a {kind} does")

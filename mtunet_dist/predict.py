@@ -19,14 +19,17 @@ from rich.markup import escape
 from rich.progress import track
 from torch import Tensor
 
-from mtunet_dist import arguments, distributed, pictures
+from mtunet_dist import distributed
+from mtunet_dist.core.step import Depth, MultiTaskStep, Segmentation
 from mtunet_dist.data.info import DatasetInfo
-from mtunet_dist.errors import InputError, command
-from mtunet_dist.evaluate import add_run_argument, load_run, load_step
-from mtunet_dist.files import entries, read_bytes
-from mtunet_dist.multitask import Depth, MultiTaskStep, Segmentation
+from mtunet_dist.errors import InputError
+from mtunet_dist.runs import pictures
+from mtunet_dist.runs.loading import load_run, load_step
 from mtunet_dist.sources._images import decode, resize
 from mtunet_dist.sources.folder import check_outside
+from mtunet_dist.system import arguments
+from mtunet_dist.system.command import command
+from mtunet_dist.system.files import entries, read_bytes
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -107,7 +110,7 @@ def _resized(x: Tensor, size: tuple[int, int], resample: Image.Resampling) -> np
 def main() -> None:
     """The command line."""
     parser = arguments.parser("predict", __doc__.splitlines()[0])
-    add_run_argument(parser)
+    arguments.add_run(parser)
     parser.add_argument(
         "words", nargs="+", metavar="IMAGE", help="image files, or folders of them; key=value changes the run's config"
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mtunet_dist import __version__, arguments, plugins
+from mtunet_dist import __version__, plugins
 from mtunet_dist.config import plugin_options
 from mtunet_dist.data.info import FORMAT, INFO_FILE, DatasetInfo, Settings, Stored, index_name
 from mtunet_dist.data.prepared import PreparedDataset, compare_source, verify_sums
@@ -26,13 +26,15 @@ from mtunet_dist.data.shard_builder import SIDECAR, ShardResult, ShardTask, Stat
 from mtunet_dist.data.shard_workers import run
 from mtunet_dist.data.shards import Index, RgbFormat, TargetFormat
 from mtunet_dist.data.targets import warnings
-from mtunet_dist.errors import InputError, MTUNetError, command
-from mtunet_dist.files import write_json
-from mtunet_dist.folder_lock import LOCK, lock_folder
-from mtunet_dist.machine import cpus
+from mtunet_dist.errors import InputError, MTUNetError
 from mtunet_dist.schema import class_problem
 from mtunet_dist.sources._source import Sample, Source
 from mtunet_dist.sources.folder import check_outside
+from mtunet_dist.system import arguments
+from mtunet_dist.system.command import command
+from mtunet_dist.system.files import write_json
+from mtunet_dist.system.folder_lock import LOCK, lock_folder
+from mtunet_dist.system.machine import cpus
 
 MAX_BAD = 10  # this many bad samples end the work, and the message lists them
 

@@ -15,11 +15,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from mtunet_dist import arguments
 from mtunet_dist.data.prepared import PreparedDataset
-from mtunet_dist.errors import InputError, closest, command
-from mtunet_dist.folder_lock import lock_folder
-from mtunet_dist.preemption import STOPPED_BY, StopRequest
+from mtunet_dist.errors import InputError, closest
 from mtunet_dist.reproduction import claims
 from mtunet_dist.reproduction.budgets import BUDGETS
 from mtunet_dist.reproduction.experiments import DATASETS, STREETS, SYSTEMS, TARGETS, THE_USERS, Row, Target, target_on
@@ -29,6 +26,10 @@ from mtunet_dist.reproduction.measuring import constant_metrics, measure_best
 from mtunet_dist.reproduction.streets import prepare_streets, streets_root
 from mtunet_dist.reproduction.table import Line, beside_the_paper, lines_of, markdown, published_lines, write_csv
 from mtunet_dist.reproduction.trainings import PROTOCOLS, Setup, Training, configs, plan, settings
+from mtunet_dist.system import arguments
+from mtunet_dist.system.command import command
+from mtunet_dist.system.folder_lock import lock_folder
+from mtunet_dist.system.preemption import STOPPED_BY, StopRequest
 
 FAILED = 1  # exit code: some training failed
 INTERRUPTED = "Ctrl-C: the trainings that run write a checkpoint and stop; once more ends all at once"

@@ -14,11 +14,13 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from mtunet_dist import arguments, pictures
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.data.report import table
 from mtunet_dist.data.splits import Split
-from mtunet_dist.errors import InputError, command
+from mtunet_dist.errors import InputError
+from mtunet_dist.runs import pictures
+from mtunet_dist.system import arguments
+from mtunet_dist.system.command import command
 
 DEPTH_SAMPLES = 500  # samples of each split for the histogram
 SHOWN = 4  # samples of each split in the picture

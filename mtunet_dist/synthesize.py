@@ -16,12 +16,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from mtunet_dist import arguments
-from mtunet_dist.errors import InputError, LostProcessError, command
-from mtunet_dist.machine import cpus
+from mtunet_dist.errors import InputError, LostProcessError
 from mtunet_dist.sources.folder import check_outside
 from mtunet_dist.synthetic.tree import CITIES, GENERATOR, Settings, scene_files, write_scene
-from mtunet_dist.workers import Pool
+from mtunet_dist.system import arguments
+from mtunet_dist.system.command import command
+from mtunet_dist.system.machine import cpus
+from mtunet_dist.system.workers import Pool
 
 RECORD = "synthetic.json"
 _LEAST = {"train": 0, "val": 0, "test": 0, "height": 32, "width": 32, "seed": 0}

@@ -14,17 +14,21 @@ from contextlib import closing, contextmanager
 import torch
 from torch import Tensor
 
-from mtunet_dist import arguments, distributed, optim, pictures, resume
+from mtunet_dist import distributed
 from mtunet_dist.config import Config, load_config
-from mtunet_dist.errors import NonFiniteLossError, PreemptedError, command
-from mtunet_dist.evaluate import evaluate
-from mtunet_dist.finite import count_broken, first_broken
+from mtunet_dist.core import optim
+from mtunet_dist.core.finite import count_broken, first_broken
+from mtunet_dist.core.step import Batch, share_valid_counts
+from mtunet_dist.errors import NonFiniteLossError, PreemptedError
 from mtunet_dist.metrics import DELTA, delta_m, higher_is_better
-from mtunet_dist.multitask import Batch, share_valid_counts
-from mtunet_dist.preemption import StopRequest
-from mtunet_dist.run import Run
-from mtunet_dist.tracking import StepReport, Tracker
-from mtunet_dist.watchdog import Watchdog
+from mtunet_dist.runs import pictures, resume
+from mtunet_dist.runs.evaluation import evaluate
+from mtunet_dist.runs.run import Run
+from mtunet_dist.runs.tracking import StepReport, Tracker
+from mtunet_dist.runs.watchdog import Watchdog
+from mtunet_dist.system import arguments
+from mtunet_dist.system.command import command
+from mtunet_dist.system.preemption import StopRequest
 
 INTERRUPTED = "Ctrl-C: stopping with a checkpoint, at the next report at the latest; once more ends it at once"
 LEAST_LOSS_SCALE = 1e-3  # below this scale, gradients that overflow are not finite at any scale

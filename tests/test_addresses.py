@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from mtunet_dist import addresses
+from mtunet_dist.system import addresses
 
 NAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 HERE = {"lo": ["127.0.0.1", "::1"], "eth0": ["192.0.2.5"], "ib0": ["198.51.100.5", "2001:db8::5"]}
@@ -75,5 +75,5 @@ def test_this_machines_own_interfaces_are_found() -> None:
 
 
 def test_addresses_are_found_without_torch() -> None:
-    code = "import sys, mtunet_dist.addresses; sys.exit('torch' in sys.modules)"
+    code = "import sys, mtunet_dist.system.addresses; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

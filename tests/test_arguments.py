@@ -10,14 +10,11 @@ from pathlib import Path
 
 import pytest
 
-import local
-import nodes
-import status
-import submit
-import sweep
-from mtunet_dist import __version__, arguments, cli, distributed
+from mtunet_dist import __version__, cli, distributed, status, submit, sweep
 from mtunet_dist.config import load_config, save_config
 from mtunet_dist.errors import InputError
+from mtunet_dist.launching import local, nodes
+from mtunet_dist.system import arguments
 from mtunet_dist.train import train
 
 REPOSITORY = Path(__file__).parent.parent

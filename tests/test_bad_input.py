@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-import agent
-import local
 from mtunet_dist import evaluate, predict, prepare, train
 from mtunet_dist.config import Config
+from mtunet_dist.launching import agent, local
 
 REPOSITORY = Path(__file__).parent.parent
 Fail = Callable[..., str]

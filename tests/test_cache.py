@@ -18,6 +18,7 @@ from training import final_state, on_two_ranks
 
 from mtunet_dist import distributed
 from mtunet_dist.config import Config, DataConfig
+from mtunet_dist.core.step import Batch
 from mtunet_dist.data import node_memory
 from mtunet_dist.data.augmentation import Augmentation
 from mtunet_dist.data.cached_loader import CachedLoader
@@ -25,7 +26,6 @@ from mtunet_dist.data.loader import make_loader
 from mtunet_dist.data.order import EvalOrder, Order, TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError
-from mtunet_dist.multitask import Batch
 from mtunet_dist.train import train
 
 CPU = torch.device("cpu")

@@ -12,9 +12,9 @@ import pytest
 import torch
 from training import LOSSES, MakeConfig, final_state
 
-from mtunet_dist import checkpoint, environment, resume
 from mtunet_dist.errors import InputError, MTUNetError
-from mtunet_dist.evaluate import Evaluation
+from mtunet_dist.runs import checkpoint, provenance, resume
+from mtunet_dist.runs.evaluation import Evaluation
 from mtunet_dist.train import train
 
 
@@ -146,8 +146,8 @@ def test_a_resume_with_other_versions_warns_that_bits_may_differ(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(make_config("epochs=1"))
-    now = environment.fingerprint()
+    now = provenance.fingerprint()
     assert {"torch", "nvidia-dali-cuda130", "cpu", "gpus"} <= now.keys()
-    monkeypatch.setattr(environment, "fingerprint", lambda: {**now, "torch": "9.9"})
+    monkeypatch.setattr(provenance, "fingerprint", lambda: {**now, "torch": "9.9"})
     with pytest.warns(UserWarning, match=r"was written with torch 2\..* \(now 9\.9\): the last bits may differ"):
         resume.start(make_config("epochs=2"), torch.device("cpu")).close()

@@ -19,8 +19,8 @@ from mtunet_dist import evaluate, plugins, summary
 from mtunet_dist.data import report
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError
-from mtunet_dist.evaluate import Evaluation
 from mtunet_dist.prepare import prepare
+from mtunet_dist.runs.evaluation import Evaluation
 from mtunet_dist.schema import MOST_CLASSES, VOID, ClassInfo, class_problem
 from mtunet_dist.sources._nyuv2 import CLASSES_40
 from mtunet_dist.sources.cityscapes import class_set

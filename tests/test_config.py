@@ -10,8 +10,8 @@ import pytest
 
 from mtunet_dist import plugins
 from mtunet_dist.config import Config, config_from_text, load_config, plugin_options, save_config
+from mtunet_dist.config.typed_yaml import to_yaml
 from mtunet_dist.errors import InputError
-from mtunet_dist.typed_yaml import to_yaml
 
 REQUIRED = ["run_dir=r", "data.root=d"]
 

@@ -14,10 +14,10 @@ import omegaconf.nodes
 import pytest
 import yaml
 
-from mtunet_dist import key_hints, plugins
-from mtunet_dist.config import PLUGIN_SECTIONS, Config, flat, load_config, plugin_options, save_config
+from mtunet_dist import plugins
+from mtunet_dist.config import PLUGIN_SECTIONS, Config, flat, key_hints, load_config, plugin_options, save_config
+from mtunet_dist.config.typed_yaml import all_keys, kind_of, load_as
 from mtunet_dist.errors import InputError
-from mtunet_dist.typed_yaml import all_keys, kind_of, load_as
 
 REQUIRED = ["run_dir=r", "data.root=d"]
 FOREIGN = {

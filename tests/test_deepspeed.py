@@ -13,8 +13,8 @@ from training import MakeConfig, assert_same_state, copy_as_of, final_state, on_
 
 from mtunet_dist import distributed, plugins
 from mtunet_dist.config import load_config
+from mtunet_dist.core.step import Batch, MultiTaskStep, build_step, share_valid_counts
 from mtunet_dist.errors import InputError
-from mtunet_dist.multitask import Batch, MultiTaskStep, build_step, share_valid_counts
 from mtunet_dist.schema import ClassInfo, DepthInfo
 from mtunet_dist.strategies._loss_scale import LossScale
 from mtunet_dist.strategies._strategy import Strategy

@@ -15,16 +15,16 @@ import yaml
 from PIL import Image
 from training import MakeConfig, final_state, on_two_ranks
 
-import submit
-import sweep_config
-from job_script import Options
-from mtunet_dist import checkpoint, evaluate
+from mtunet_dist import evaluate, submit
 from mtunet_dist.config import Config, load_config, save_config
 from mtunet_dist.errors import InputError
 from mtunet_dist.prepare import prepare
 from mtunet_dist.reproduction.budgets import BUDGETS
 from mtunet_dist.reproduction.experiments import DATASETS, Row, Target
 from mtunet_dist.reproduction.trainings import Setup, plan
+from mtunet_dist.runs import checkpoint
+from mtunet_dist.slurm.job_script import Options
+from mtunet_dist.sweeps import config as sweep_config
 from mtunet_dist.train import train
 
 CLASSES = [f"class {i}" for i in range(13)]  # as many as reproduce wants of NYU Depth

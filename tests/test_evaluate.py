@@ -17,18 +17,20 @@ from PIL import Image
 from safetensors import safe_open
 from training import on_ranks
 
-from mtunet_dist import checkpoint, distributed, plugins
+from mtunet_dist import distributed, plugins
 from mtunet_dist import evaluate as evaluation
 from mtunet_dist import export as exporting
 from mtunet_dist import predict as prediction
 from mtunet_dist.baselines import ConstantPredictor
 from mtunet_dist.config import Config, config_from_text
+from mtunet_dist.config.typed_yaml import to_yaml
+from mtunet_dist.core.step import build_step, make_tasks
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError
-from mtunet_dist.evaluate import Evaluation, eval_loader, evaluate, load_step, metric_names
-from mtunet_dist.multitask import build_step, make_tasks
+from mtunet_dist.runs import checkpoint
+from mtunet_dist.runs.evaluation import Evaluation, eval_loader, evaluate, metric_names
+from mtunet_dist.runs.loading import load_step
 from mtunet_dist.train import train
-from mtunet_dist.typed_yaml import to_yaml
 
 MakeConfig = Callable[..., Config]
 CPU = torch.device("cpu")

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from training import MakeConfig, on_two_ranks, records
 
-from mtunet_dist import checkpoint, distributed, resume
+from mtunet_dist import distributed
 from mtunet_dist import train as training_loop
 from mtunet_dist.config import Config
+from mtunet_dist.core.finite import count_broken, first_broken
 from mtunet_dist.errors import NonFiniteLossError
-from mtunet_dist.evaluate import Evaluation
-from mtunet_dist.finite import count_broken, first_broken
-from mtunet_dist.run import Run
+from mtunet_dist.runs import checkpoint, resume
+from mtunet_dist.runs.evaluation import Evaluation
+from mtunet_dist.runs.run import Run
 from mtunet_dist.train import train
 
 CPU = torch.device("cpu")

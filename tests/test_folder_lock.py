@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtunet_dist import checkpoint
 from mtunet_dist.errors import InputError
-from mtunet_dist.folder_lock import LOCK, FolderLock, lock_folder
+from mtunet_dist.runs import checkpoint
+from mtunet_dist.system.folder_lock import LOCK, FolderLock, lock_folder
 
 Begin = Callable[..., "subprocess.Popen[str]"]
 HOLD = "lock = lock_folder(Path(sys.argv[1]), 'busy'); print('taken', flush=True); time.sleep(600)"
@@ -21,7 +21,7 @@ SAVE = """
 lock = lock_folder(Path(sys.argv[1]), 'busy')
 print('taken', flush=True)
 sys.stdin.readline()
-from mtunet_dist import checkpoint
+from mtunet_dist.runs import checkpoint
 checkpoint.save(Path(sys.argv[1]), {'step': 8}, keep=3, best=True, check_owner=lock.end_if_lost)
 """
 
@@ -32,7 +32,8 @@ def begin(tmp_path: Path) -> Iterator[Begin]:
     begun: list[subprocess.Popen[str]] = []
 
     def begin(program: str, **slurm: str) -> subprocess.Popen[str]:
-        code = f"import sys, time; from pathlib import Path; from mtunet_dist.folder_lock import lock_folder\n{program}"
+        imports = "import sys, time; from pathlib import Path; from mtunet_dist.system.folder_lock import lock_folder"
+        code = f"{imports}\n{program}"
         outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         command = [sys.executable, "-c", code, str(tmp_path / "run")]

@@ -19,13 +19,13 @@ from training import MakeConfig
 
 from mtunet_dist import distributed, plugins
 from mtunet_dist.config import DaliConfig, load_config
+from mtunet_dist.core.step import set_fp32_precision
 from mtunet_dist.data import dali
 from mtunet_dist.data.dali import DaliLoader, _graph, _mixed_options
 from mtunet_dist.data.order import EvalOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.data.sending import Loans
 from mtunet_dist.errors import PreemptedError
-from mtunet_dist.multitask import set_fp32_precision
 from mtunet_dist.strategies._deepspeed_settings import settings
 from mtunet_dist.train import train
 

@@ -29,7 +29,8 @@ from training import (
 
 from mtunet_dist import distributed
 from mtunet_dist.config import Config, save_config
-from mtunet_dist.errors import PREEMPTED, PreemptedError
+from mtunet_dist.errors import PreemptedError
+from mtunet_dist.system.command import PREEMPTED
 from mtunet_dist.train import INTERRUPTED, train
 
 ALONE = [sys.executable, "-m", "mtunet_dist.train"]

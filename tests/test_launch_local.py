@@ -23,8 +23,9 @@ from training import (
     wait_until,
 )
 
-import agent
-from mtunet_dist.errors import PREEMPTED, InputError
+from mtunet_dist.errors import InputError
+from mtunet_dist.launching import agent
+from mtunet_dist.system.command import PREEMPTED
 from mtunet_dist.train import train
 
 SETTINGS = ["log.every_steps=1", "eval_every_epochs=0", "checkpoint.every_steps=2", "data.augment.flip=true"]

@@ -25,12 +25,10 @@ from training import (
     wait_until,
 )
 
-import agent
-import network
-import nodes
 from mtunet_dist.errors import InputError
+from mtunet_dist.launching import agent, network, nodes
+from mtunet_dist.launching.network import Endpoint
 from mtunet_dist.train import train
-from network import Endpoint
 
 LAUNCH = [sys.executable, str(Path(__file__).parent.parent / "launch" / "nodes.py"), "--nproc=1"]
 SETTINGS = ["log.every_steps=1", "eval_every_epochs=0", "checkpoint.every_steps=2", "data.augment.flip=true"]

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mtunet_dist import plugins
+from mtunet_dist.core.step import Batch, MultiTaskStep, make_tasks
 from mtunet_dist.data.order import EvalOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.data.torch_loader import TorchLoader
-from mtunet_dist.multitask import Batch, MultiTaskStep, make_tasks
 from mtunet_dist.prepare import prepare
 from mtunet_dist.schema import VOID
 from mtunet_dist.synthesize import synthesize

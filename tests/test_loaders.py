@@ -22,16 +22,16 @@ from training import final_state, on_two_ranks, records, train_each
 
 from mtunet_dist.baselines import ConstantPredictor
 from mtunet_dist.config import TASKS, Config, DaliConfig, DataConfig
+from mtunet_dist.core.step import Batch, make_tasks
 from mtunet_dist.data.augmentation import Augmentation
 from mtunet_dist.data.dali import DaliLoader, _mixed_options
 from mtunet_dist.data.loader import make_loader
 from mtunet_dist.data.order import EvalOrder, Order, Plan, TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError
-from mtunet_dist.evaluate import evaluate
-from mtunet_dist.multitask import Batch, make_tasks
-from mtunet_dist.preemption import SIGNALS
+from mtunet_dist.runs.evaluation import evaluate
 from mtunet_dist.schema import VOID
+from mtunet_dist.system.preemption import SIGNALS
 from mtunet_dist.train import train
 
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from training import children, wait_until
 
-from mtunet_dist.errors import LostProcessError, command
+from mtunet_dist.errors import LostProcessError
+from mtunet_dist.system.command import command
 
 # A limit on the size of files is one on that of shared memory too, and inherited.
 NO_ROOM = """

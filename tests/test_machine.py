@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mtunet_dist import startup
-from mtunet_dist.machine import cpus
+from mtunet_dist.system import startup
+from mtunet_dist.system.machine import cpus
 
 REPOSITORY = Path(__file__).parent.parent
 COUNTERS = {"cpu_count", "process_cpu_count", "sched_getaffinity", "get_num_threads", "cpu_affinity"}

@@ -15,14 +15,14 @@ import pytest
 from PIL import Image
 from training import LAUNCH, MakeConfig, final_state, records, steps_done
 
-import node_agent
-import submit
-from job_script import Options
-from mtunet_dist import checkpoint, evaluate, export, predict
+from mtunet_dist import evaluate, export, predict, submit
 from mtunet_dist import train as training_loop
 from mtunet_dist.config import load_config, save_config
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError
+from mtunet_dist.runs import checkpoint
+from mtunet_dist.slurm import node_agent
+from mtunet_dist.slurm.job_script import Options
 from mtunet_dist.train import train
 
 Place = Callable[[Path], Path]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mtunet_dist.core.step import Batch, MultiTaskStep, check_model, make_tasks, share_valid_counts
 from mtunet_dist.errors import InputError
 from mtunet_dist.models.mtunet import MTUNet
-from mtunet_dist.multitask import Batch, MultiTaskStep, check_model, make_tasks, share_valid_counts
 from mtunet_dist.schema import ClassInfo, DepthInfo
 from mtunet_dist.weightings.equal import EqualWeighting
 

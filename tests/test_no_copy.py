@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from training import MakeConfig, assert_same_state, final_state
 
-from mtunet_dist import checkpoint
 from mtunet_dist.data.loader import make_loader
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset, verify
 from mtunet_dist.errors import InputError
 from mtunet_dist.prepare import prepare
+from mtunet_dist.runs import checkpoint
 from mtunet_dist.train import train
 
 SIZE = {"height": 16, "width": 32}  # smaller than the source's 32x48: every read resizes

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mtunet_dist.config import OptimConfig, load_config
-from mtunet_dist.multitask import Batch, MultiTaskStep, build_step
-from mtunet_dist.optim import build_optimizer, lr_at, set_lr
+from mtunet_dist.core.optim import build_optimizer, lr_at, set_lr
+from mtunet_dist.core.step import Batch, MultiTaskStep, build_step
 from mtunet_dist.schema import ClassInfo, DepthInfo
 from mtunet_dist.strategies.ddp import DDPStrategy
 

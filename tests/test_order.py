@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from mtunet_dist.config import DataConfig
+from mtunet_dist.core.step import Batch
 from mtunet_dist.data.augmentation import Augmentation
 from mtunet_dist.data.loader import make_loader
 from mtunet_dist.data.order import EvalOrder, TrainOrder, shuffled
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError
-from mtunet_dist.multitask import Batch
 
 
 def global_batch(step: int, world_size: int, accumulate: int, count: int = 29, batch_size: int = 8) -> list[int]:

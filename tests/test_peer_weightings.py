@@ -13,12 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 from training import MakeConfig, assert_same_state, copy_as_of, final_state, on_two_ranks, records
 
-from mtunet_dist import plugins, resume
+from mtunet_dist import plugins
 from mtunet_dist.config import Config, OptimConfig, load_config
+from mtunet_dist.core.optim import build_optimizer, set_lr
+from mtunet_dist.core.step import MultiTaskStep
 from mtunet_dist.errors import InputError
 from mtunet_dist.models.mtunet import MTUNet
-from mtunet_dist.multitask import MultiTaskStep
-from mtunet_dist.optim import build_optimizer, set_lr
+from mtunet_dist.runs import resume
 from mtunet_dist.train import train
 from mtunet_dist.weightings.dwa import DWAWeighting
 from mtunet_dist.weightings.scheduled import ScheduledWeighting

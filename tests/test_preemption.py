@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 from training import LAUNCH, MakeConfig, assert_same_state, final_state, kill_all, on_two_ranks, records
 
-from mtunet_dist import checkpoint, distributed
+from mtunet_dist import distributed
 from mtunet_dist.config import Config, load_config
-from mtunet_dist.errors import PREEMPTED, PreemptedError
-from mtunet_dist.preemption import SIGNALS, StopRequest
-from mtunet_dist.tracking import StepReport, Tracker
+from mtunet_dist.errors import PreemptedError
+from mtunet_dist.runs import checkpoint
+from mtunet_dist.runs.tracking import StepReport, Tracker
+from mtunet_dist.system.command import PREEMPTED
+from mtunet_dist.system.preemption import SIGNALS, StopRequest
 from mtunet_dist.train import train
 
 SETTINGS = ["epochs=4", "log.every_steps=2", "eval_every_epochs=2", "data.augment.flip=true"]

@@ -17,11 +17,11 @@ from PIL import Image
 
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError
-from mtunet_dist.folder_lock import LOCK, lock_folder
 from mtunet_dist.prepare import main, prepare
 from mtunet_dist.schema import VOID
 from mtunet_dist.sources._images import resize
 from mtunet_dist.sources._source import RawSample
+from mtunet_dist.system.folder_lock import LOCK, lock_folder
 
 HEIGHT, WIDTH = 8, 16
 SAMPLES = {"train": 5, "val": 2}

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 from training import MakeConfig, assert_same_state, final_state
 
-import status
-import sweep_folder
-from mtunet_dist import evaluate, records
+from mtunet_dist import evaluate, status
 from mtunet_dist.config import Config
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.reproduction import figures
 from mtunet_dist.reproduction.experiments import Row
 from mtunet_dist.reproduction.measuring import constant_metrics
 from mtunet_dist.reproduction.trainings import Training
-from mtunet_dist.tracking import StepReport, Tracker
+from mtunet_dist.runs.tracking import StepReport, Tracker
+from mtunet_dist.sweeps import folder as sweep_folder
+from mtunet_dist.system import records
 from mtunet_dist.train import train
 
 ROW = Row("mtunet", "nyuv2")

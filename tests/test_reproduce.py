@@ -19,18 +19,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mtunet_dist import checkpoint, reproduce
+from mtunet_dist import reproduce
 from mtunet_dist.config import load_config
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError, PreemptedError
 from mtunet_dist.metrics import DepthMetric, SegmentationMetric, delta_m
-from mtunet_dist.preemption import StopRequest
 from mtunet_dist.reproduction import experiments, figures, streets, table
 from mtunet_dist.reproduction.budgets import BUDGETS
 from mtunet_dist.reproduction.experiments import DATASETS, SYSTEMS, TARGETS, Row, Target
 from mtunet_dist.reproduction.launching import Launcher, run_all
 from mtunet_dist.reproduction.trainings import LAST_EPOCHS, Setup, Training, plan
+from mtunet_dist.runs import checkpoint
 from mtunet_dist.synthetic.tree import Settings as SyntheticSettings
+from mtunet_dist.system.preemption import StopRequest
 
 SHORTER = ["epochs=1", "device=cpu", "eval_batch_size=4"]
 NEVER = f"{sys.executable} -c 1/0 {{config}}"  # a launcher that fails whenever it is used

@@ -24,10 +24,10 @@ from training import (
     records,
 )
 
-from mtunet_dist import checkpoint, resume
 from mtunet_dist.config import load_config
 from mtunet_dist.errors import InputError
-from mtunet_dist.evaluate import Evaluation
+from mtunet_dist.runs import checkpoint, resume
+from mtunet_dist.runs.evaluation import Evaluation
 from mtunet_dist.train import train
 
 EVERYTHING = [  # that is random or carried over; dropout and learned weights are on anyway

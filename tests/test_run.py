@@ -10,10 +10,11 @@ import pytest
 import torch
 from training import MakeConfig, on_two_ranks, train_each
 
-from mtunet_dist import checkpoint, distributed, resume
+from mtunet_dist import distributed
 from mtunet_dist.config import Config
 from mtunet_dist.errors import InputError, NonFiniteLossError
-from mtunet_dist.run import Run
+from mtunet_dist.runs import checkpoint, resume
+from mtunet_dist.runs.run import Run
 from mtunet_dist.strategies.ddp import DDPStrategy
 from mtunet_dist.train import train
 

@@ -21,8 +21,8 @@ from slurm_hosts import REPOSITORY, SlurmHosts
 from test_slurm_real import STEPS, TINY
 from training import assert_same_state, final_state, on_two_ranks, records
 
-from mtunet_dist import checkpoint
 from mtunet_dist.config import load_config
+from mtunet_dist.runs import checkpoint
 from mtunet_dist.train import train
 
 pytestmark = pytest.mark.slow
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 PACED = """\
 import os, time
 if "LOCAL_RANK" in os.environ and int(os.environ.get("SLURM_RESTART_COUNT", "0")) < 2:
-    from mtunet_dist.tracking import Tracker
+    from mtunet_dist.runs.tracking import Tracker
     steps = Tracker.steps
     def slow(self, done, report):
         steps(self, done, report)

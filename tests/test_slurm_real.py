@@ -18,10 +18,10 @@ from conftest import write_folder_source
 from slurm_cluster import SlurmCluster, wait_for
 from training import assert_same_state, final_state, records
 
-from mtunet_dist import checkpoint
 from mtunet_dist.prepare import prepare
-from status import job_of, status_of
-from status import runs as runs_under
+from mtunet_dist.runs import checkpoint
+from mtunet_dist.status import job_of, status_of
+from mtunet_dist.status import runs as runs_under
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[1]
@@ -42,7 +42,7 @@ TINY = {
 PACED = """\
 import os, time
 if "LOCAL_RANK" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
-    from mtunet_dist.tracking import Tracker
+    from mtunet_dist.runs.tracking import Tracker
     steps = Tracker.steps
     def slow(self, done, report):
         steps(self, done, report)

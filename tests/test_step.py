@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import MakeConfig, on_two_ranks
 
-from mtunet_dist import distributed, resume
+from mtunet_dist import distributed
 from mtunet_dist.config import Config
-from mtunet_dist.run import Run
-from mtunet_dist.tracking import StepReport, Tracker
+from mtunet_dist.runs import resume
+from mtunet_dist.runs.run import Run
+from mtunet_dist.runs.tracking import StepReport, Tracker
 from mtunet_dist.train import _optimiser_step, train
 
 CPU = torch.device("cpu")

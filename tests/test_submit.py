@@ -15,12 +15,11 @@ import pytest
 import yaml
 from training import MakeConfig, final_state
 
-import status
-import submit
-from job_script import Job, Options, render
-from mtunet_dist import tracking
+from mtunet_dist import status, submit
 from mtunet_dist import train as training_loop
 from mtunet_dist.errors import InputError, MTUNetError
+from mtunet_dist.runs import tracking
+from mtunet_dist.slurm.job_script import Job, Options, render
 from mtunet_dist.train import train
 
 TEMPLATE = '#!/bin/bash\n# For hands.\n#SBATCH --requeue\n#SBATCH --signal=USR1@120\nset -eu\nbody "$@"\n'

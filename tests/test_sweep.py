@@ -16,14 +16,14 @@ import yaml
 from sweeping import command, logs_of, read_csv, run_sweep, write_sweep
 from training import records, wait_until
 
-from mtunet_dist import checkpoint
 from mtunet_dist.config import load_config
 from mtunet_dist.errors import InputError
-from mtunet_dist.folder_lock import LOCK
-from mtunet_dist.machine import cpus
+from mtunet_dist.runs import checkpoint
+from mtunet_dist.sweeps.config import Sweep, check_trials, find_config, load_sweep, trial_config
+from mtunet_dist.sweeps.folder import read_trials
+from mtunet_dist.system.folder_lock import LOCK
+from mtunet_dist.system.machine import cpus
 from mtunet_dist.train import train
-from sweep_config import Sweep, check_trials, find_config, load_sweep, trial_config
-from sweep_folder import read_trials
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -20,13 +20,13 @@ from rich.console import Console
 from sweeping import logs_of, read_csv, run_sweep, write_sweep
 
 import sweep as sweep_script
-import sweep_report
-import sweep_trial
 from mtunet_dist.config import load_config
 from mtunet_dist.errors import InputError, MTUNetError, NonFiniteLossError
-from sweep_config import find_config, load_sweep
-from sweep_folder import read_trial, read_trials, trial_folder, try_again, write_outcome, write_parameters
-from sweep_live import Progress, WallTime
+from mtunet_dist.sweeps.config import find_config, load_sweep
+from mtunet_dist.sweeps.folder import read_trial, read_trials, trial_folder, try_again, write_outcome, write_parameters
+from mtunet_dist.sweeps.ray_backend import trial as sweep_trial
+from mtunet_dist.sweeps.ray_backend.live import Progress, WallTime
+from mtunet_dist.sweeps.report import report as sweep_report
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-import sweep_nodes
+from mtunet_dist.sweeps.ray_backend import nodes as sweep_nodes
 
 
 def node(name: str, number: int, *, alive: bool = True) -> dict[str, Any]:

@@ -23,13 +23,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mtunet_dist.config import load_config
 from mtunet_dist.errors import MTUNetError
-from sweep_config import Sweep
-from sweep_folder import Evaluation, Exploit, Trial
-from sweep_hparams import write_hparams
-from sweep_importance import MIN_TRIALS, importances
-from sweep_objective import Objective
-from sweep_ranking import limits, rank
-from sweep_report import Stage, report, schedule, write_csv
+from mtunet_dist.sweeps.config import Sweep
+from mtunet_dist.sweeps.folder import Evaluation, Exploit, Trial
+from mtunet_dist.sweeps.objective import Objective
+from mtunet_dist.sweeps.ranking import limits, rank
+from mtunet_dist.sweeps.report.hparams import write_hparams
+from mtunet_dist.sweeps.report.importance import MIN_TRIALS, importances
+from mtunet_dist.sweeps.report.report import Stage, report, schedule, write_csv
 
 SPACE = {
     "optim.lr": {"loguniform": [1e-4, 1e-1]},

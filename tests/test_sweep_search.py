@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from sweep_config import Asha as AshaOptions
-from sweep_config import Pbt, Sweep
-from sweep_folder import Trial, read_trials, trial_folder, write_outcome, write_parameters
-from sweep_objective import Objective
-from sweep_ray import room, tune  # it sets what Ray reads when it is imported
-from sweep_schedule import Asha, Population
-from sweep_search import OBJECTIVE, OptunaSearch, open_trials
+from mtunet_dist.sweeps.config import Asha as AshaOptions
+from mtunet_dist.sweeps.config import Pbt, Sweep
+from mtunet_dist.sweeps.folder import Trial, read_trials, trial_folder, write_outcome, write_parameters
+from mtunet_dist.sweeps.objective import Objective
+from mtunet_dist.sweeps.ray_backend.schedule import Asha, Population
+from mtunet_dist.sweeps.ray_backend.search import OBJECTIVE, OptunaSearch, open_trials
+from mtunet_dist.sweeps.ray_backend.tuner import room, tune  # it sets what Ray reads when it is imported
 
 TrialScheduler, Searcher = tune.schedulers.TrialScheduler, tune.search.Searcher
 
@@ -192,6 +192,6 @@ def test_workers_are_counted_node_by_node(tmp_path: Path) -> None:
 
 
 def test_a_process_lost_before_its_trial_began_has_a_reason() -> None:
-    from sweep_live import reason  # imports ray, and must not do so before sweep_ray
+    from mtunet_dist.sweeps.ray_backend.live import reason  # imports ray, and must not do so before tuner.py
 
     assert reason(SimpleNamespace(pickled_error_file=None)) == "no error that Tune has kept"

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from mtunet_dist.errors import InputError
-from sweep_objective import Goal, Objective
-from sweep_space import corners, dimensions_of, draw, grid, sample, words
+from mtunet_dist.sweeps.objective import Goal, Objective
+from mtunet_dist.sweeps.space import corners, dimensions_of, draw, grid, sample, words
 
 SPACE: dict[str, Any] = {
     "weighting": {

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from training import LAUNCH, assert_same_state, final_state, kill_all, records, steps_done, wait_until
 
-from mtunet_dist import checkpoint
 from mtunet_dist.config import load_config
 from mtunet_dist.errors import InputError
-from sweep_ray import local_ray, ray, tune  # it sets what Ray reads when it is imported
-from sweep_workers import resources, train_with_workers
+from mtunet_dist.runs import checkpoint
+from mtunet_dist.sweeps.ray_backend.tuner import local_ray, ray, tune  # it sets what Ray reads when it is imported
+from mtunet_dist.sweeps.ray_backend.workers import resources, train_with_workers
 
 EPOCHS = 3
 TRIALS = {"stopped": ["epochs=1000"], "killed": [], "broken": []}  # with settings of their own

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from training import MakeConfig, assert_same_state, copy_as_of, final_state, on_two_ranks, train_each
 
 from mtunet_dist import distributed
-from mtunet_dist.sync_batchnorm import SyncBatchNorm2d, synchronise
+from mtunet_dist.core.sync_batchnorm import SyncBatchNorm2d, synchronise
 from mtunet_dist.train import train
 
 CPU = torch.device("cpu")

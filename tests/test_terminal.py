@@ -17,8 +17,8 @@ import pytest
 
 from mtunet_dist import cli
 from mtunet_dist.config import load_config, save_config
-from mtunet_dist.errors import command
-from mtunet_dist.terminal import INTERRUPTED
+from mtunet_dist.system.command import command
+from mtunet_dist.system.terminal import INTERRUPTED
 from mtunet_dist.train import train
 
 REPOSITORY = Path(__file__).parent.parent
@@ -168,7 +168,7 @@ def ends(tmp_path: Path, code: str) -> tuple[int, str]:
     file.write_text(
         "import os, signal, sys, time\n"
         "if __name__ == '__main__': signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from mtunet_dist.errors import command\nfrom mtunet_dist.workers import Pool\n" + code,
+        "from mtunet_dist.errors import command\nfrom mtunet_dist.system.workers import Pool\n" + code,
         encoding="utf-8",
     )
     ended = subprocess.run(
@@ -259,7 +259,7 @@ def test_all_pools_of_processes_are_that_one() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if (getattr(node, "id", None) or getattr(node, "attr", None)) in ("ProcessPoolExecutor", "get_context")
     }
-    assert found == {"mtunet_dist/workers.py"}
+    assert found == {"mtunet_dist/system/workers.py"}
 
 
 def test_a_command_of_one_s_own_gives_the_handlers_back() -> None:

@@ -12,8 +12,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import MakeConfig, copy_as_of, records
 
-from mtunet_dist import tracking
-from mtunet_dist.tracking import StepReport, Tracker
+from mtunet_dist.runs import tracking
+from mtunet_dist.runs.tracking import StepReport, Tracker
 from mtunet_dist.train import train
 
 

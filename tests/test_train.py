@@ -20,12 +20,13 @@ from torch import nn
 from torch._dynamo.utils import counters
 from training import LAUNCH, MakeConfig, final_state, kill_all, on_two_ranks, records, start
 
-from mtunet_dist import checkpoint, distributed, resume
+from mtunet_dist import distributed
 from mtunet_dist.config import Config, load_config
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError, NonFiniteLossError
 from mtunet_dist.metrics import delta_m
+from mtunet_dist.runs import checkpoint, resume
 from mtunet_dist.strategies.ddp import DDPStrategy
 from mtunet_dist.train import _optimiser_step, train
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mtunet_dist.config import Config, load_config, save_config
-from mtunet_dist.errors import command
+from mtunet_dist.system.command import command
 
 # root reads everything while it has its capabilities, so the command gives them up.
 RUN = """

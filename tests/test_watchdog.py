@@ -14,14 +14,14 @@ import torch
 import training
 
 from mtunet_dist.config import Config
-from mtunet_dist.errors import HUNG
-from mtunet_dist.tracking import Tracker
+from mtunet_dist.runs.tracking import Tracker
+from mtunet_dist.system.command import HUNG
 from mtunet_dist.train import train
 
 SLEEPER = """
 import sys, time
 from pathlib import Path
-from mtunet_dist.watchdog import Watchdog
+from mtunet_dist.runs.watchdog import Watchdog
 
 def stuck_in_here(seconds):
     time.sleep(seconds)
@@ -38,16 +38,16 @@ time.sleep(3)
 
 ENDLESS = """
 import atexit, ctypes, sys, threading
-from mtunet_dist import errors
+from mtunet_dist.system import command
 
-errors.END_S = 2
+command.END_S = 2
 wait = ctypes.PyDLL(None).sleep  # holds the interpreter's lock all the time
 
 class Stuck:
     def __del__(self, wait=wait):
         wait(600)
 
-@errors.command
+@command.command
 def main():
     if sys.argv[1] == "error":
         raise errors.InputError("the user's")
@@ -67,7 +67,7 @@ main()
 EVALUATIONS = """
 import sys, time
 from pathlib import Path
-from mtunet_dist.watchdog import Watchdog
+from mtunet_dist.runs.watchdog import Watchdog
 
 with Watchdog(Path(sys.argv[1]), 1, compiles=True) as watchdog:
     for _ in range(2):

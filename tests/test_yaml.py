@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from mtunet_dist.config import load_config
+from mtunet_dist.config.typed_yaml import load_as
 from mtunet_dist.errors import InputError
-from mtunet_dist.files import read_yaml
 from mtunet_dist.sources.folder import Folder
-from mtunet_dist.typed_yaml import load_as
+from mtunet_dist.system.files import read_yaml
 
 NUMBERS = {
     "1e-3": 1e-3,

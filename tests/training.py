@@ -20,8 +20,9 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from mtunet_dist import checkpoint, distributed
+from mtunet_dist import distributed
 from mtunet_dist.config import Config
+from mtunet_dist.runs import checkpoint
 from mtunet_dist.train import train
 
 MakeConfig = Callable[..., Config]

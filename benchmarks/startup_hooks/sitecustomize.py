@@ -64,9 +64,9 @@ def watch(module: ModuleType) -> None:
     of: Any = module
     if module.__name__ == "mtunet_dist.config":
         of.load_config = then(of.load_config, before="read the config", after="process group")
-    if module.__name__ == "mtunet_dist.resume":
+    if module.__name__ == "mtunet_dist.runs.resume":
         of.start = then(of.start, before="build", after="first batch")
-    if module.__name__ == "mtunet_dist.multitask":
+    if module.__name__ == "mtunet_dist.core.step":
         of.share_valid_counts = then(of.share_valid_counts, before="first step")
     if module.__name__ == "mtunet_dist.strategies.ddp":
         of.PLUGIN.apply = then(of.PLUGIN.apply, last=True)

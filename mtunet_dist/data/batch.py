@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from mtunet_dist.core.step import Batch
 from mtunet_dist.data.augmentation import Augmentation, Draw
 from mtunet_dist.data.order import Plan
-from mtunet_dist.multitask import Batch
 
 
 class Pixels(NamedTuple):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mtunet_dist import distributed
+from mtunet_dist.core.step import Batch
 from mtunet_dist.data import node_memory
 from mtunet_dist.data.augmentation import Augmentation
 from mtunet_dist.data.batch import Pixels, as_batch, depth_scales, draws_of
@@ -24,7 +25,6 @@ from mtunet_dist.data.shared_cache import digest, node_copy
 from mtunet_dist.data.splits import Split
 from mtunet_dist.data.torch_augmentation import augmented
 from mtunet_dist.errors import InputError
-from mtunet_dist.multitask import Batch
 from mtunet_dist.schema import VOID
 
 PACKAGE = Path(__file__).parent.parent

@@ -18,6 +18,7 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
 from mtunet_dist.config import DaliConfig
+from mtunet_dist.core.step import Batch
 from mtunet_dist.data.augmentation import Augmentation
 from mtunet_dist.data.batch import as_batch, depth_scales, draws_of
 from mtunet_dist.data.broken import BrokenSamples, OnError, stand_ins
@@ -25,7 +26,6 @@ from mtunet_dist.data.order import Order, Plan
 from mtunet_dist.data.sending import Loans
 from mtunet_dist.data.splits import ShardSplit, Split
 from mtunet_dist.errors import InputError
-from mtunet_dist.multitask import Batch
 from mtunet_dist.schema import VOID
 from mtunet_dist.sources._images import encode
 

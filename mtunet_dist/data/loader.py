@@ -8,11 +8,11 @@ from typing import Protocol
 import torch
 
 from mtunet_dist.config import AugmentConfig, DataConfig
+from mtunet_dist.core.step import Batch
 from mtunet_dist.data.augmentation import Augmentation
 from mtunet_dist.data.info import DatasetInfo
 from mtunet_dist.data.order import Order
 from mtunet_dist.data.splits import Split
-from mtunet_dist.multitask import Batch
 
 
 class Loader(Protocol):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mtunet_dist import distributed
 from mtunet_dist.errors import InputError
-from mtunet_dist.machine import control_groups
+from mtunet_dist.system.machine import control_groups
 
 MARGIN = 0.9  # the share of free memory that a cache may take
 

@@ -15,10 +15,10 @@ from mtunet_dist.data.shard_builder import changed, tasks_of
 from mtunet_dist.data.shards import sha256
 from mtunet_dist.data.splits import Split, make_split, pixels_sha256
 from mtunet_dist.errors import InputError
-from mtunet_dist.files import read_json
-from mtunet_dist.place import shown
 from mtunet_dist.schema import MOST_CLASSES, class_problem
 from mtunet_dist.sources._source import Source
+from mtunet_dist.system.files import read_json
+from mtunet_dist.system.place import shown
 
 
 class PreparedDataset:

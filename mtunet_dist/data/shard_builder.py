@@ -30,10 +30,10 @@ from mtunet_dist.data.shards import (
 from mtunet_dist.data.splits import file_sizes, npy_header, pixels_sha256, resized
 from mtunet_dist.data.stamps import fingerprint, stamp, what_changed
 from mtunet_dist.errors import InputError
-from mtunet_dist.files import read_json, write_json
 from mtunet_dist.schema import VOID
 from mtunet_dist.sources._images import decode, encode
 from mtunet_dist.sources._source import RawSample, Sample, Source
+from mtunet_dist.system.files import read_json, write_json
 
 SIDECAR = ".done"
 

@@ -8,7 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 from mtunet_dist.data.shard_builder import ShardResult, ShardTask, make_shard
 from mtunet_dist.errors import LostProcessError
-from mtunet_dist.workers import Pool
+from mtunet_dist.system.workers import Pool
 
 Outcome = tuple[ShardTask, ShardResult | list[str]]
 

@@ -19,7 +19,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 
 from mtunet_dist.errors import InputError
-from mtunet_dist.files import write_atomically
+from mtunet_dist.system.files import write_atomically
 
 RgbFormat = Literal["jpeg", "png"]
 TargetFormat = Literal["npy", "png"]

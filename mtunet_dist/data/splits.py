@@ -18,9 +18,9 @@ from mtunet_dist.data.info import DatasetInfo, ShardInfo, SplitInfo, Stored, ind
 from mtunet_dist.data.shards import Index, Shard
 from mtunet_dist.data.stamps import fingerprint, stamp, what_changed
 from mtunet_dist.errors import InputError
-from mtunet_dist.files import read_json
 from mtunet_dist.sources._images import PARTS, decode, resize
 from mtunet_dist.sources._source import RawSample, Sample, Source
+from mtunet_dist.system.files import read_json
 
 
 class Split(ABC):

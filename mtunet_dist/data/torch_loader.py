@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from mtunet_dist.core.step import Batch
 from mtunet_dist.data.augmentation import Augmentation
 from mtunet_dist.data.batch import Pixels, as_batch, depth_scales, draws_of
 from mtunet_dist.data.broken import BrokenSamples, OnError, stand_ins
@@ -25,9 +26,8 @@ from mtunet_dist.data.sending import send
 from mtunet_dist.data.splits import Split
 from mtunet_dist.data.torch_augmentation import augmented
 from mtunet_dist.errors import InputError, LostProcessError
-from mtunet_dist.multitask import Batch
-from mtunet_dist.preemption import STOPPED_BY
 from mtunet_dist.schema import VOID
+from mtunet_dist.system.preemption import STOPPED_BY
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from mtunet_dist import checkpoint, pictures
+from mtunet_dist.core.step import Batch, Depth, MultiTaskStep, Segmentation, Task
 from mtunet_dist.data.order import EvalOrder
 from mtunet_dist.data.splits import Split
 from mtunet_dist.data.torch_loader import TorchLoader
-from mtunet_dist.evaluate import load_step
-from mtunet_dist.multitask import Batch, Depth, MultiTaskStep, Segmentation, Task
 from mtunet_dist.reproduction.experiments import SYSTEMS
 from mtunet_dist.reproduction.trainings import Training
+from mtunet_dist.runs import checkpoint, pictures
+from mtunet_dist.runs.loading import load_step
 
 SHOWN = 4  # samples
 MASKED = 2  # samples of which the masks of all blocks are shown

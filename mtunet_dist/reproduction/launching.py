@@ -18,9 +18,9 @@ import torch
 
 from mtunet_dist.config import Config
 from mtunet_dist.errors import InputError, PreemptedError
-from mtunet_dist.machine import cpus
-from mtunet_dist.preemption import StopRequest
 from mtunet_dist.reproduction.trainings import Training
+from mtunet_dist.system.machine import cpus
+from mtunet_dist.system.preemption import StopRequest
 
 LOG = "train.log"
 POLL_S = 0.2
@@ -118,7 +118,7 @@ def _start(training: Training, launcher: Launcher) -> _Started:
         offset = output.tell()
         # In a new session, so that only this process gets Ctrl-C. It then asks the training to stop.
         process = subprocess.Popen(
-            [sys.executable, "-m", "mtunet_dist.children", str(os.getpid()), *launcher.command(training, file)],
+            [sys.executable, "-m", "mtunet_dist.system.children", str(os.getpid()), *launcher.command(training, file)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -8,15 +8,16 @@ import torch
 
 from mtunet_dist import distributed
 from mtunet_dist.baselines import ConstantPredictor
+from mtunet_dist.core.step import make_tasks
 from mtunet_dist.data.order import EvalOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.data.torch_loader import TorchLoader
-from mtunet_dist.evaluate import eval_loader, evaluate, load_run, load_step
-from mtunet_dist.files import write_json
-from mtunet_dist.multitask import make_tasks
-from mtunet_dist.records import read_note
 from mtunet_dist.reproduction.experiments import DATASETS
 from mtunet_dist.reproduction.trainings import Training
+from mtunet_dist.runs.evaluation import eval_loader, evaluate
+from mtunet_dist.runs.loading import load_run, load_step
+from mtunet_dist.system.files import write_json
+from mtunet_dist.system.records import read_note
 
 CPU = torch.device("cpu")
 

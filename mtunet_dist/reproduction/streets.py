@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mtunet_dist.machine import cpus
 from mtunet_dist.prepare import prepare
 from mtunet_dist.synthesize import synthesize
 from mtunet_dist.synthetic.tree import Settings
+from mtunet_dist.system.machine import cpus
 
 
 def streets_root(folder: Path, classes: int, size: tuple[int, int]) -> Path:

@@ -12,16 +12,17 @@ from typing import Any, Literal
 
 import torch
 
-from mtunet_dist import checkpoint, records
 from mtunet_dist.config import Config, load_config, save_config
+from mtunet_dist.core.step import build_step, check_model
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.data.targets import check_targets
 from mtunet_dist.errors import InputError
-from mtunet_dist.multitask import build_step, check_model
 from mtunet_dist.reproduction.budgets import Budget
 from mtunet_dist.reproduction.experiments import DATASETS, SYSTEMS, Dataset, Row, Splits, Target
-from mtunet_dist.resume import MAY_CHANGE, changed_settings
+from mtunet_dist.runs import checkpoint
+from mtunet_dist.runs.resume import MAY_CHANGE, changed_settings
+from mtunet_dist.system import records
 
 OURS = ("run_dir", "seed", "data.root", "data.train", "data.eval", "tasks", "model.name", "weighting.name")
 # Keys that may differ between a finished training and the requested one: all but these, which change its results.

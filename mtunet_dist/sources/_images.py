@@ -20,9 +20,9 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from mtunet_dist.errors import InputError
-from mtunet_dist.files import read_bytes
 from mtunet_dist.schema import VOID
 from mtunet_dist.sources._source import RawSample, SampleFiles
+from mtunet_dist.system.files import read_bytes
 
 Part = Literal["rgb", "label", "depth"]
 PARTS: tuple[Part, ...] = ("rgb", "label", "depth")

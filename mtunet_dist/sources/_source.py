@@ -11,8 +11,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from mtunet_dist.errors import InputError
-from mtunet_dist.files import entries
 from mtunet_dist.schema import ClassInfo, DepthInfo
+from mtunet_dist.system.files import entries
 
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # names that tar headers and WebDataset's "key.part.ext" can hold
 

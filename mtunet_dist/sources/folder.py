@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mtunet_dist.errors import InputError, closest
-from mtunet_dist.files import entries, read_yaml
 from mtunet_dist.schema import ClassInfo, DepthInfo, class_problem
 from mtunet_dist.sources._images import check_headers, id_table, read_images
 from mtunet_dist.sources._source import KEY, RawSample, SampleFiles, list_images, match
+from mtunet_dist.system.files import entries, read_yaml
 
 PARTS = ("rgb", "label", "depth")
 DESCRIPTION = "dataset.yaml"

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from mtunet_dist.config import Config
+from mtunet_dist.config.typed_yaml import leaves
 from mtunet_dist.errors import InputError
-from mtunet_dist.place import shown
-from mtunet_dist.typed_yaml import leaves
+from mtunet_dist.system.place import shown
 
 Settings = dict[str, Any]
 STAGES = (0, 1, 2, 3)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from mtunet_dist.multitask import Batch, MultiTaskStep
+from mtunet_dist.core.step import Batch, MultiTaskStep
 
 
 class Strategy(Protocol):

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mtunet_dist import distributed, optim
+from mtunet_dist import distributed
 from mtunet_dist.config import Config
-from mtunet_dist.multitask import Batch, MultiTaskStep, place
+from mtunet_dist.core import optim
+from mtunet_dist.core.step import Batch, MultiTaskStep, place
 
 
 class DDPStrategy:

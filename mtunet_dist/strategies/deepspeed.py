@@ -20,10 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mtunet_dist import distributed, optim
+from mtunet_dist import distributed
 from mtunet_dist.config import Config
+from mtunet_dist.core import optim
+from mtunet_dist.core.step import Batch, MultiTaskStep, place
 from mtunet_dist.errors import InputError
-from mtunet_dist.multitask import Batch, MultiTaskStep, place
 from mtunet_dist.strategies._deepspeed_settings import settings
 from mtunet_dist.strategies._loss_scale import LossScale
 

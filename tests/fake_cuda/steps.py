@@ -22,14 +22,15 @@ torch.amp.autocast_mode.amp_definitely_not_available = lambda: False
 torch.cuda.amp.common.amp_definitely_not_available = lambda: False
 torch.cuda.is_bf16_supported = lambda *args, **kwargs: True  # type: ignore[assignment]
 
-from mtunet_dist import optim, plugins  # noqa: E402
+from mtunet_dist import plugins  # noqa: E402
 from mtunet_dist.config import load_config  # noqa: E402
+from mtunet_dist.core import optim  # noqa: E402
+from mtunet_dist.core.step import Batch, MultiTaskStep, build_step, place, share_valid_counts  # noqa: E402
 from mtunet_dist.data.augmentation import Augmentation  # noqa: E402
 from mtunet_dist.data.batch import Pixels, as_batch, depth_scales, draws_of  # noqa: E402
 from mtunet_dist.data.order import Plan  # noqa: E402
 from mtunet_dist.data.sending import send  # noqa: E402
 from mtunet_dist.data.torch_augmentation import augmented  # noqa: E402
-from mtunet_dist.multitask import Batch, MultiTaskStep, build_step, place, share_valid_counts  # noqa: E402
 from mtunet_dist.schema import ClassInfo, DepthInfo  # noqa: E402
 
 CUDA = torch.device("cuda", 0)

@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 from training import assert_same_state, final_state, kill_all, records
 
-from mtunet_dist import checkpoint
-from mtunet_dist.errors import HUNG
+from mtunet_dist.runs import checkpoint
+from mtunet_dist.system.command import HUNG
 
 pytestmark = pytest.mark.slow
 

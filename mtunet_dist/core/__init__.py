@@ -1,0 +1,1 @@
+"""The trained module, one optimiser step of it, and what keeps its numbers sound."""

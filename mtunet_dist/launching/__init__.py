@@ -1,0 +1,1 @@
+"""Training processes on one node or on many: the agent that starts them, and how nodes find each other."""

@@ -1,0 +1,1 @@
+"""A run and its folder: its start and resume, checkpoints, metrics, pictures and provenance."""

@@ -1,0 +1,1 @@
+"""Ray Tune: searchers, schedulers and trials. Only this folder imports Ray."""

@@ -1,0 +1,1 @@
+"""The operating system's part: files, locks, signals, processes, addresses, terminals. It knows no training."""
