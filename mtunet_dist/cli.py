@@ -6,7 +6,7 @@ import importlib
 import sys
 
 from mtunet_dist import __version__
-from mtunet_dist.errors import InputError, closest
+from mtunet_dist.errors import InputError, closest, needs
 from mtunet_dist.system import startup
 from mtunet_dist.system.command import command
 
@@ -32,9 +32,18 @@ def main() -> None:
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in VERBS:
         sys.argv = [f"mtunet {verb}", *sys.argv[2:]]
+        command(lambda: _import(verb))()
         importlib.import_module(f"mtunet_dist.{verb}").main()
     else:
         command(lambda: _about(verb))()
+
+
+def _import(verb: str) -> None:
+    """Import the module of a verb. Raises InputError if it needs a package that is an extra."""
+    try:
+        importlib.import_module(f"mtunet_dist.{verb}")
+    except ModuleNotFoundError as error:
+        raise needs(f"mtunet {verb}", error) from None
 
 
 def _about(verb: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 FAKES = {
     "srun": r"""
-        case "$*" in *own_address.py*)
+        case "$*" in *own_address*)
             while [ "${1#--}" != "$1" ]; do shift; done
             exec "$@" ;;
             *" true")
@@ -38,7 +38,7 @@ FAKES = {
     """,
     "getent": '[ "$2" != "${UNKNOWN_HOST:-}" ]',
     "python": r"""
-        case "$1" in *own_address.py)
+        case "$2" in *own_address)
             printf '%s\0' "$@" >"$RECORD/asked"
             if [ -n "${NO_ROUTE:-}" ]; then exit 2; fi
             echo "${HEAD:-10.0.0.7}"

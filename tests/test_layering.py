@@ -33,7 +33,7 @@ ONLY_IN = {
     "deepspeed": ("strategies.deepspeed",),
     "h5py": ("sources.nyuv2_mat",),
     "ray": ("sweeps.ray_backend.",),
-    "optuna": ("sweeps.ray_backend.",),
+    "optuna": ("sweeps.ray_backend.", "sweeps.report.importance"),
     "tensorboard": ("sweeps.report.hparams",),
 }
 VERBS = {

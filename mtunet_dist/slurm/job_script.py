@@ -112,15 +112,7 @@ def _directives(job: Job) -> list[str]:
 
 def _container(job: Job) -> list[str]:
     """Run every step in the container. Paths on the host stay the same there."""
-    mounts = list(
-        dict.fromkeys(
-            [
-                *job.options.container_mounts,
-                f"{job.folder}:{job.folder}",
-                f"{job.home}/mtunet_dist:{job.home}/mtunet_dist",
-            ]
-        )
-    )
+    mounts = dict.fromkeys([*job.options.container_mounts, f"{job.folder}:{job.folder}"])
     words = [
         f"--container-image={job.options.container_image}",
         f"--container-mounts={','.join(mounts)}",
