@@ -15,10 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from mtunet_dist import distributed
-from mtunet_dist.baselines import ConstantPredictor
+from mtunet_dist.core.comparison import higher_is_better
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import MTUNetError
-from mtunet_dist.metrics import higher_is_better
+from mtunet_dist.runs.baselines import ConstantPredictor
 from mtunet_dist.runs.evaluation import Evaluation, eval_loader, evaluate
 from mtunet_dist.runs.loading import check_same_meaning, load_run, load_step
 from mtunet_dist.system import arguments
@@ -63,7 +63,7 @@ def main() -> None:
     device = distributed.pick_device(config.device)
     with distributed.process_group(device, config.timeout_s):
         dataset = PreparedDataset(Path(config.data.root))
-        check_same_meaning(dataset.info, state)
+        check_same_meaning(dataset.info, state, config.tasks)
         name = args.split or config.data.eval
         step = load_step(state, config, device)
         loader = eval_loader(config, dataset.split(name), device)

@@ -18,7 +18,13 @@ from typing import Any
 
 from mtunet_dist.errors import InputError, closest, needs
 
-PACKAGES = {"model": "models", "weighting": "weightings", "source": "sources", "strategy": "strategies"}
+PACKAGES = {
+    "task": "tasks",
+    "model": "models",
+    "weighting": "weightings",
+    "source": "sources",
+    "strategy": "strategies",
+}
 
 
 def available(kind: str) -> list[str]:

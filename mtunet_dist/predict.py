@@ -1,8 +1,8 @@
 """Predict on your own images: ``python -m mtunet_dist.predict RUN_OR_CHECKPOINT IMAGE... --out FOLDER``.
 
-For each image STEM it writes three files at the image's own size, turned upright by its EXIF orientation:
-``STEM.label.png`` (8-bit class indices), ``STEM.depth.png`` (16-bit, in the stored units of the training set) and
-``STEM.preview.png``. It needs only the checkpoint, not the dataset.
+For each image STEM it writes a file per task and a picture, at the image's own size, turned upright by its EXIF
+orientation: ``STEM.label.png`` (8-bit class indices), ``STEM.depth.png`` (16-bit, in the stored units of the training
+set), ``STEM.normal.png`` and ``STEM.preview.png``. It needs only the checkpoint, not the dataset.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from rich.progress import track
 from torch import Tensor
 
 from mtunet_dist import distributed
-from mtunet_dist.core.step import Depth, MultiTaskStep, Segmentation
+from mtunet_dist.core.step import MultiTaskStep
 from mtunet_dist.data.info import DatasetInfo
 from mtunet_dist.errors import InputError
 from mtunet_dist.runs import pictures
 from mtunet_dist.runs.loading import load_run, load_step
-from mtunet_dist.sources._images import decode, resize
+from mtunet_dist.sources._images import RGB, decode, resize_rgb
 from mtunet_dist.sources.folder import check_outside
 from mtunet_dist.system import arguments
 from mtunet_dist.system.command import command
@@ -34,39 +34,22 @@ from mtunet_dist.system.files import entries, read_bytes
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
-def predict(step: MultiTaskStep, info: DatasetInfo, rgb: np.ndarray, device: torch.device) -> dict[str, np.ndarray]:
-    """Outputs for one image uint8 (H, W, 3), at its size.
-
-    ``segmentation`` uint8 (H, W) class indices, ``depth`` float32 (H, W) in the dataset's unit.
-    """
-    size = (rgb.shape[1], rgb.shape[0])
-    small = resize(rgb, "rgb", info.height, info.width)
+def predict(step: MultiTaskStep, info: DatasetInfo, rgb: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+    """Outputs {task: float32 (channels, height, width)} for one image uint8 (H, W, 3), at the network's size."""
+    small = resize_rgb(rgb, info.height, info.width)
     image = torch.from_numpy(small.copy()).permute(2, 0, 1)[None].to(device)
     with torch.inference_mode():
-        outputs = {name: output[0].cpu() for name, output in step.predict(image).items()}
-    results = {}
-    for task in step.tasks:
-        if isinstance(task, Segmentation):
-            label = outputs[task.name].argmax(0).to(torch.uint8)
-            results[task.name] = _resized(label, size, Image.Resampling.NEAREST)
-        elif isinstance(task, Depth):
-            results[task.name] = _resized(outputs[task.name][0], size, Image.Resampling.BILINEAR)
-    return results
+        return {name: output[0].cpu() for name, output in step.predict(image).items()}
 
 
-def write(out: Path, stem: str, rgb: np.ndarray, results: dict[str, np.ndarray], step: MultiTaskStep) -> None:
+def write(out: Path, stem: str, rgb: np.ndarray, outputs: dict[str, Tensor], step: MultiTaskStep) -> None:
     """Write the files of one image into ``out``."""
+    size = (rgb.shape[1], rgb.shape[0])
     tiles = {"image": rgb}
     for task in step.tasks:
-        if isinstance(task, Segmentation):
-            Image.fromarray(results[task.name]).save(out / f"{stem}.label.png")
-            tiles["label"] = pictures.label_colors(results[task.name], [c.color for c in task.classes])
-        elif isinstance(task, Depth):
-            depth = np.maximum(results[task.name], task.info.scale)
-            stored = np.minimum(np.round(depth / task.info.scale), 65535).astype(np.uint16)
-            Image.fromarray(stored).save(out / f"{stem}.depth.png")
-            low, high = np.percentile(depth, (2, 98))
-            tiles[f"depth {low:.3g}..{high:.3g} {task.info.unit}"] = pictures.depth_colors(depth, low, high)
+        task.write(out / stem, task.result(outputs[task.name], size))
+        for caption, tile in task.tiles(None, {task.part: outputs[task.name]}).items():
+            tiles[caption] = np.asarray(Image.fromarray(tile).resize(size, Image.Resampling.NEAREST))
     Image.fromarray(pictures.row(tiles)).save(out / f"{stem}.preview.png")
 
 
@@ -102,10 +85,6 @@ def check_out(out: Path, images: Sequence[Path]) -> None:
     check_outside(out, "--out")
 
 
-def _resized(x: Tensor, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
-    return np.asarray(Image.fromarray(x.numpy()).resize(size, resample))
-
-
 @command
 def main() -> None:
     """The command line."""
@@ -126,14 +105,11 @@ def main() -> None:
     step = load_step(state, config, device)
     args.out.mkdir(parents=True, exist_ok=True)
     for path in track(images, description=escape(str(file))):
-        rgb = decode(read_bytes(path), "rgb", str(path))
+        rgb = decode(read_bytes(path), RGB, str(path))
         write(args.out, path.stem, rgb, predict(step, info, rgb, device), step)
     print(f"{len(images)} images written to {args.out}")
     for task in step.tasks:
-        if isinstance(task, Segmentation):
-            print("label values:", ", ".join(f"{i} {c.name}" for i, c in enumerate(task.classes)))
-        elif isinstance(task, Depth):
-            print(f"depth in {task.info.unit} = stored value * {task.info.scale:g}")
+        print(task.about_files())
 
 
 if __name__ == "__main__":

@@ -19,15 +19,14 @@ from rich.console import Console
 
 from mtunet_dist import __version__, plugins
 from mtunet_dist.config import plugin_options
-from mtunet_dist.data.info import FORMAT, INFO_FILE, DatasetInfo, Settings, Stored, index_name
+from mtunet_dist.data.info import FORMAT, INFO_FILE, DatasetInfo, Settings, SplitInfo, Stored, index_name
 from mtunet_dist.data.prepared import PreparedDataset, compare_source, verify_sums
 from mtunet_dist.data.report import progress, table
-from mtunet_dist.data.shard_builder import SIDECAR, ShardResult, ShardTask, Statistics, changed, finished, tasks_of
+from mtunet_dist.data.shard_builder import SIDECAR, ShardResult, ShardTask, add_counts, changed, finished, tasks_of
 from mtunet_dist.data.shard_workers import run
 from mtunet_dist.data.shards import Index, RgbFormat, TargetFormat
 from mtunet_dist.data.targets import warnings
 from mtunet_dist.errors import InputError, MTUNetError
-from mtunet_dist.schema import class_problem
 from mtunet_dist.sources._source import Sample, Source
 from mtunet_dist.sources.folder import check_outside
 from mtunet_dist.system import arguments
@@ -35,6 +34,7 @@ from mtunet_dist.system.command import command
 from mtunet_dist.system.files import write_json
 from mtunet_dist.system.folder_lock import LOCK, lock_folder
 from mtunet_dist.system.machine import cpus
+from mtunet_dist.tasks._task import Counts
 
 MAX_BAD = 10  # this many bad samples end the work, and the message lists them
 
@@ -75,9 +75,9 @@ def prepare(
         _say(console, f"{out} is complete; {root}, which it was made from, is not there to compare it with")
     else:
         reader: Source[Any] = plugins.build("source", {"name": source, **typed}, Path(root))
-        problem = class_problem(reader.classes)
-        if problem:
-            raise InputError(f"source '{source}' at {root}: {problem}")
+        for task in reader.targets.values():
+            if problem := task.problem():
+                raise InputError(f"source '{source}' at {root}: {problem}")
         tasks = tasks_of(reader, settings, out)
         if _is_current(out, settings, tasks):
             _say(console, f"{out} is complete")
@@ -206,14 +206,15 @@ def _complete(tasks: list[ShardTask], results: Mapping[Path, ShardResult]) -> No
     source, settings, out = tasks[0].source, tasks[0].settings, tasks[0].out
     splits = {}
     for name in dict.fromkeys(task.split for task in tasks):
-        index, total, shards = Index(), Statistics([0] * len(source.classes)), []
+        index, shards = Index(), []
+        counts: dict[str, Counts] = {}
         for task in tasks:
             if task.split == name:
                 result = results[task.path]
                 shards.append(result.shard)
                 index.extend(result.index)
-                total.add(result.statistics)
-        splits[name] = total.of_split(shards, source.depth.scale)
+                counts = add_counts(source.targets, counts, result.counts)
+        splits[name] = SplitInfo(sum(shard.count for shard in shards), tuple(shards), counts)
         write_json(out / index_name(name), dataclasses.asdict(index))
     info = DatasetInfo(
         format=FORMAT,
@@ -221,12 +222,11 @@ def _complete(tasks: list[ShardTask], results: Mapping[Path, ShardResult]) -> No
         created_by=f"mtunet_dist {__version__}",
         height=settings.height,
         width=settings.width,
-        classes=source.classes,
-        depth=source.depth,
+        targets=dict(source.targets),
         splits=splits,
         settings=settings,
     )
-    write_json(out / INFO_FILE, dataclasses.asdict(info), indent=1)
+    write_json(out / INFO_FILE, info.to_json(), indent=1)
 
 
 def _remove_leftovers(out: Path) -> None:
@@ -263,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=_size, default=(128, 256), metavar="HEIGHTxWIDTH", help="default 128x256")
     parser.add_argument("--rgb", choices=["jpeg", "png"], default="jpeg", help="jpeg: quality 95, 4:4:4; png: lossless")
     parser.add_argument(
-        "--targets", choices=["npy", "png"], default="npy", help="label and depth: npy loads faster; png is smaller"
+        "--targets", choices=["npy", "png"], default="npy", help="labels and depths: npy loads faster; png is smaller"
     )
     parser.add_argument(
         "--shard-size", type=_integer(1), default=128, metavar="N", help="samples per shard, default 128"

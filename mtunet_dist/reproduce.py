@@ -137,7 +137,7 @@ class Reproduction:
         counts = {s: sum(info.splits[part].count for part in s.split("+")) for s in (train, test)}
         once = " once" if self.setup.protocol == "last" and not self.setup.validation else ""
         changed = f" and {' '.join(self.setup.overrides)}" if self.setup.overrides else ""
-        unit = "metres" if info.depth.unit == "metre" else "the unit of inverse depth"
+        unit = info.targets["depth"].unit_text
         stand_in = " **These are not Cityscapes, but rendered scenes that stand in for it.**" * (known.kind == STREETS)
         return (
             f"{known.title}, {info.height}x{info.width}; trained on {train} ({counts[train]} images), measured on "

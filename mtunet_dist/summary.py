@@ -1,6 +1,6 @@
 """What is in a prepared dataset: ``python -m mtunet_dist.summary DATASET`` prints it and draws it.
 
-The picture has the share of each class, how depth is distributed, and samples, one row per split.
+The picture has how each target is distributed, such as the share of each class, and samples of each split.
 """
 
 from __future__ import annotations
@@ -8,103 +8,66 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
 
+from mtunet_dist.data.info import DatasetInfo
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.data.report import table
-from mtunet_dist.data.splits import Split
 from mtunet_dist.errors import InputError
 from mtunet_dist.runs import pictures
+from mtunet_dist.runs.baselines import tally
 from mtunet_dist.system import arguments
 from mtunet_dist.system.command import command
 
-DEPTH_SAMPLES = 500  # samples of each split for the histogram
+SAMPLES = 500  # of each split, for the distributions of targets
 SHOWN = 4  # samples of each split in the picture
-BINS = 60
 WIDTH_INCHES, DPI = 12.0, 110
 
 
-def depth_histogram(split: Split) -> np.ndarray:
-    """Counts int64 (65536,) of the stored depths over at most ``DEPTH_SAMPLES`` samples. Entry 0 counts invalid
-    pixels."""
-    counts = np.zeros(1 << 16, dtype=np.int64)
-    for i in track(split.spread(DEPTH_SAMPLES), description=f"depth of {'+'.join(split.names)}", transient=True):
-        counts += np.bincount(split.decode(i).depth.reshape(-1), minlength=1 << 16)
-    return counts
-
-
 def sample_sheet(dataset: PreparedDataset) -> np.ndarray:
-    """Image, label and depth of ``SHOWN`` samples spread over each split, uint8 (height, width, 3)."""
+    """Images and targets of ``SHOWN`` samples spread over each split, uint8 (height, width, 3)."""
     info = dataset.info
-    palette = [c.color for c in info.classes]
-    top = max(split.depth_max for split in info.splits.values())
-    low = min((s.depth_min for s in info.splits.values() if s.valid_depth_pixels), default=top)
     rows = []
     for name, described in info.splits.items():
         split = dataset.split(name)
         samples = [(i, split.decode(i)) for i in split.spread(min(SHOWN, described.count))]
-        blank = np.full((info.height, info.width, 3), 255, dtype=np.uint8)
-        for part in ("rgb", "label", "depth"):
-            tiles = {}
-            for i, raw in samples:
-                if part == "rgb":
-                    tiles[f"{name}: {split.keys[i]}"] = raw.rgb
-                elif part == "label":
-                    tiles[f"label {i}"] = pictures.label_colors(raw.label, palette)
-                else:
-                    depth = raw.depth * info.depth.scale
-                    tiles[f"depth {i}"] = pictures.depth_colors(depth, max(low, info.depth.scale), top)
-            tiles |= {" " * n: blank for n in range(1, SHOWN - len(tiles) + 1)}
-            rows.append(pictures.row(tiles))
+        rows.append(_row(info, {f"{name}: {split.keys[i]}": raw.rgb for i, raw in samples}))
+        for task in info.targets.values():
+            counts = [other.targets[task.name] for other in info.splits.values()]
+            tiles = {f"{task.part} {i}": task.stored_tile(raw.targets[task.name], counts) for i, raw in samples}
+            rows.append(_row(info, tiles))
     return np.concatenate(rows)
+
+
+def _row(info: DatasetInfo, tiles: dict[str, np.ndarray]) -> np.ndarray:
+    """A row of ``SHOWN`` tiles, some of them white if there are fewer."""
+    white = np.full((info.height, info.width, 3), 255, dtype=np.uint8)
+    return pictures.row(tiles | {" " * n: white for n in range(1, SHOWN - len(tiles) + 1)})
 
 
 def draw(dataset: PreparedDataset) -> np.ndarray:
     """The picture, uint8 (height, width, 3)."""
-    sheet = sample_sheet(dataset)
+    info, sheet = dataset.info, sample_sheet(dataset)
+    tasks = list(info.targets.values())
+    tallies = {}
+    for name in info.splits:
+        with Console().status(f"counting {name}"):
+            tallies[name] = tally(tasks, dataset.split(name), SAMPLES)
     figure = Figure(figsize=(WIDTH_INCHES, 4.2), dpi=DPI, layout="constrained")
-    classes, depth = figure.subplots(1, 2, width_ratios=(3, 2))
-    _draw_classes(classes, dataset)
-    _draw_depth(depth, dataset)
-    figure.suptitle(f"{dataset.root}: {dataset.info.width} wide, {dataset.info.height} high", parse_math=False)
+    axes = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for task, place in zip(tasks, axes, strict=True):
+        splits = {
+            f"{name} ({split.count} samples)": (split.targets[task.name], tallies[name][task.name])
+            for name, split in info.splits.items()
+        }
+        task.chart(place, splits)
+    figure.suptitle(f"{dataset.root}: {info.width} wide, {info.height} high", parse_math=False)
     charts = _pixels(figure)
     height = round(sheet.shape[0] * charts.shape[1] / sheet.shape[1])
     resized = Image.fromarray(sheet).resize((charts.shape[1], height), Image.Resampling.LANCZOS)
     return np.concatenate([charts, np.asarray(resized)])
-
-
-def _draw_classes(axes: Axes, dataset: PreparedDataset) -> None:
-    info = dataset.info
-    names = [*(c.name for c in info.classes), "void"]
-    bar = 0.8 / len(info.splits)
-    for n, (name, split) in enumerate(info.splits.items()):
-        pixels = np.array([*split.class_pixels, split.void_pixels])
-        share = 100 * pixels / (split.count * info.height * info.width)
-        axes.bar(np.arange(len(names)) + n * bar, share, bar, align="edge", label=f"{name} ({split.count} samples)")
-    axes.set_xticks(np.arange(len(names)) + 0.4, names, rotation=60, ha="right", fontsize=8, parse_math=False)
-    axes.set_ylabel("share of all pixels (%)")
-    axes.legend(fontsize=8)
-
-
-def _draw_depth(axes: Axes, dataset: PreparedDataset) -> None:
-    info = dataset.info
-    top = max(split.depth_max for split in info.splits.values())
-    for name in info.splits:
-        counts = depth_histogram(dataset.split(name))
-        stored = np.flatnonzero(counts[1:]) + 1
-        if len(stored):
-            values = stored * info.depth.scale
-            axes.hist(
-                values, bins=BINS, range=(0, top), weights=counts[stored], density=True, histtype="step", label=name
-            )
-    axes.set_xlabel("depth (m)" if info.depth.unit == "metre" else f"{info.depth.kind} depth (no unit)")
-    axes.set_ylabel("density of the valid pixels")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8)
 
 
 def _pixels(figure: Figure) -> np.ndarray:

@@ -17,10 +17,10 @@ from torch import Tensor
 from mtunet_dist import distributed
 from mtunet_dist.config import Config, load_config
 from mtunet_dist.core import optim
+from mtunet_dist.core.comparison import DELTA, delta_m, higher_is_better
 from mtunet_dist.core.finite import count_broken, first_broken
 from mtunet_dist.core.step import Batch, share_valid_counts
 from mtunet_dist.errors import NonFiniteLossError, PreemptedError
-from mtunet_dist.metrics import DELTA, delta_m, higher_is_better
 from mtunet_dist.runs import pictures, resume
 from mtunet_dist.runs.evaluation import evaluate
 from mtunet_dist.runs.run import Run
@@ -60,6 +60,7 @@ def train(config: Config, on_eval: OnEval | None = None) -> dict[str, float]:
                     total_steps=run.total_steps,
                     steps_per_epoch=run.order.steps_per_epoch,
                     batch_size=config.batch_size,
+                    shown=[task.full(metric) for task in run.module.tasks for metric in task.MAIN],
                     evaluation_due=run.evaluation_due,
                     on_write_error=config.on_write_error,
                 )

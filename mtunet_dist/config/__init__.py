@@ -30,12 +30,10 @@ from mtunet_dist.config.typed_yaml import (
     read_yaml,
     to_yaml,
 )
-from mtunet_dist.errors import InputError, closest
+from mtunet_dist.errors import InputError
 from mtunet_dist.system.files import write_text
 from mtunet_dist.system.place import own_run_dir
 
-TASKS = ("segmentation", "depth")
-BEST = {"segmentation": "miou", "depth": "depth_abs"}  # for checkpoint.best: that of the first trained task
 PLUGIN_SECTIONS = ("model", "weighting", "strategy")
 
 
@@ -70,8 +68,9 @@ class DataConfig:
     loader: Literal["dali", "torch"] = "dali"
     threads: int = 2  # decoding threads (dali) or worker processes (torch) per rank
     prefetch: int = 2  # batches in flight per rank
-    # Decode once and keep the pixels, 6 bytes each: in memory that all ranks and trainings of a node share, or on the
-    # device of each rank. PIL decodes, whatever the loader is. Augmentation is still done at each step.
+    # Decode once and keep the pixels (6 bytes each with label and depth): in memory that all ranks and trainings of a
+    # node share, or on the device of each rank. PIL decodes, whatever the loader is. Augmentation is still done at
+    # each step.
     cache: Literal["none", "host", "device"] = "none"
     on_error: Literal["stop", "skip"] = (
         "stop"  # for a sample that cannot be decoded; skip: warn, count it, and do not learn from it
@@ -107,7 +106,7 @@ class CheckpointConfig:
     every_steps: int = 0  # save also after each so many steps; 0 = off
     keep: int = 2  # how many of the newest checkpoints to keep, besides best.pt
     # best.pt has the best value of this metric. delta_m is computed from the metrics in ``reference``. Empty means
-    # miou, or depth_abs without segmentation.
+    # miou, or without segmentation the first metric of the first task, such as depth_abs.
     best: str = ""
     # For delta_m: metric -> value of single-task networks on data.eval, such as {miou: 0.24, depth_abs: 0.61}.
     reference: dict[str, float] = field(default_factory=dict)
@@ -127,7 +126,7 @@ class Config:
 
     run_dir: str = MISSING  # the run folder; the same command resumes the run in it
     data: DataConfig = field(default_factory=DataConfig)
-    tasks: tuple[str, ...] = TASKS  # the trained tasks; the dataset must have targets for each
+    tasks: tuple[str, ...] = ("segmentation", "depth")  # the trained tasks: names of targets of the dataset
     model: dict[str, Any] = field(default_factory=lambda: {"name": "mtunet"})
     weighting: dict[str, Any] = field(default_factory=lambda: {"name": "learned"})
     strategy: dict[str, Any] = field(default_factory=lambda: {"name": "ddp"})
@@ -193,9 +192,18 @@ def _load(layers: list[Any], overrides: Sequence[str]) -> Config:
     config = dataclasses.replace(config, **sections)
     _check(config)
     if not config.checkpoint.best:
-        best = next(BEST[task] for task in TASKS if task in config.tasks)
+        best = _best_metric(config.tasks)
         config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, best=best))
     return config
+
+
+def _best_metric(tasks: Sequence[str]) -> str:
+    """The metric for best.pt: the first one of segmentation if that is trained, else of the first task."""
+    first = "segmentation" if "segmentation" in tasks else tasks[0]
+    if first not in plugins.available("task"):
+        raise InputError(f"checkpoint.best is missing: for tasks={list(tasks)} a metric such as {first}/miou")
+    main: tuple[str, ...] = plugins.find("task", first).MAIN  # type: ignore[attr-defined]
+    return main[0]
 
 
 def _schema_of(section: str, name: str) -> type | None:
@@ -304,11 +312,11 @@ def _check(config: Config) -> None:
             f"compile_mode={config.compile_mode} uses CUDA graphs, which optim.accumulate={config.optim.accumulate} "
             "does not work with; compile_mode=default does"
         )
-    for name in config.tasks:
-        if name not in TASKS:
-            raise InputError(f"unknown task '{name}'.{closest(name, TASKS)} Available: {', '.join(TASKS)}")
     if not config.tasks or len(set(config.tasks)) < len(config.tasks):
-        raise InputError(f"tasks={list(config.tasks)} must be one or more different names of: {', '.join(TASKS)}")
+        known = ", ".join(plugins.available("task"))
+        raise InputError(
+            f"tasks={list(config.tasks)} must be one or more different targets of the dataset: {known}, ..."
+        )
     if not config.data.augment.scales or min(config.data.augment.scales) < 1:
         raise InputError(f"data.augment.scales={list(config.data.augment.scales)} must be one or more numbers >= 1")
     for key, value, most in (

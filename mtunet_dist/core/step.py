@@ -1,4 +1,4 @@
-"""The tasks, and the single module that a strategy wraps: network, losses and loss weights together.
+"""The single module that a strategy wraps: network, losses and loss weights together.
 
 All trained parameters are in one module with one scalar output. Therefore any strategy reduces, optimises and saves
 loss weights that learn by gradient like every other parameter.
@@ -7,7 +7,7 @@ loss weights that learn by gradient like every other parameter.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,43 +16,17 @@ from torch import Tensor, nn
 from mtunet_dist import distributed, plugins
 from mtunet_dist.config import Config
 from mtunet_dist.errors import InputError
-from mtunet_dist.losses import depth_loss, masked_mean, segmentation_loss
-from mtunet_dist.metrics import DepthMetric, SegmentationMetric
-from mtunet_dist.schema import VOID, ClassInfo, DepthInfo
+from mtunet_dist.tasks._task import Task
 
 Batch = dict[str, Tensor]
-"""``image`` uint8 (N, 3, H, W) in channels-last memory, ``segmentation`` uint8 (N, H, W) with 255 void,
-``depth`` float32 (N, 1, H, W) in the dataset's unit with 0 invalid, ``sample`` int64 (N,) positions in the split."""
+"""``image`` uint8 (N, 3, H, W) in channels-last memory, the target of each task of the dataset under the task's name
+(see its file in ``tasks/``), ``sample`` int64 (N,) positions in the split."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # The usual ImageNet statistics. Any fixed scaling works, because a batch norm follows every first layer.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
-
-
-class Metric(Protocol):
-    """An accumulator over a whole set."""
-
-    def update(self, prediction: Tensor, target: Tensor) -> None: ...
-    def tensors(self) -> list[Tensor]: ...
-    def compute(self) -> dict[str, float]: ...
-
-
-class Task(Protocol):
-    """One task: a prediction for each pixel. Its target is ``batch[name]``."""
-
-    name: str
-    channels: int
-
-    def loss(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of the loss over valid pixels, and their number."""
-
-    def valid(self, target: Tensor) -> Tensor:
-        """The number of valid pixels in ``target``."""
-
-    def metric(self, device: torch.device) -> Metric:
-        """A new accumulator for this task's metrics."""
 
 
 class Weighting(Protocol):
@@ -66,59 +40,6 @@ class Weighting(Protocol):
 
     def weights(self) -> dict[str, Tensor]:
         """The current weight of each task."""
-
-
-class Segmentation:
-    """Semantic segmentation; target uint8 (N, H, W), 255 = void."""
-
-    name = "segmentation"
-
-    def __init__(self, classes: Sequence[ClassInfo]) -> None:
-        self.classes = tuple(classes)
-        self.channels = len(self.classes)
-
-    def loss(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy (eq. 3)."""
-        return segmentation_loss(prediction, target)
-
-    def valid(self, target: Tensor) -> Tensor:
-        """Number of pixels that are not void."""
-        return (target != VOID).sum()
-
-    def metric(self, device: torch.device) -> SegmentationMetric:
-        """Confusion matrix and the legacy averages."""
-        return SegmentationMetric(self.channels, device)
-
-
-class Depth:
-    """Depth; target float32 (N, 1, H, W) in the dataset's unit, 0 = invalid."""
-
-    name = "depth"
-    channels = 1
-
-    def __init__(self, info: DepthInfo) -> None:
-        self.info = info
-
-    def loss(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """L1 (eq. 2)."""
-        return depth_loss(prediction, target)
-
-    def valid(self, target: Tensor) -> Tensor:
-        """The number of pixels that have a depth."""
-        return ((target > 0) & target.isfinite()).sum()
-
-    def metric(self, device: torch.device) -> DepthMetric:
-        """Absolute, relative and squared error, delta, and the legacy averages."""
-        return DepthMetric(device)
-
-
-def make_tasks(names: Sequence[str], classes: Sequence[ClassInfo], depth: DepthInfo) -> list[Task]:
-    """The named tasks (of ``config.TASKS``) on a dataset of these classes and this depth."""
-    makers: dict[str, Callable[[], Task]] = {
-        "segmentation": lambda: Segmentation(classes),
-        "depth": lambda: Depth(depth),
-    }
-    return [makers[name]() for name in names]
 
 
 class MultiTaskStep(nn.Module):
@@ -150,7 +71,7 @@ class MultiTaskStep(nn.Module):
         for task in self.tasks:
             loss_sum, count = task.loss(outputs[task.name], batch[task.name])
             shared = batch.get(f"valid/{task.name}")
-            losses[task.name] = masked_mean(loss_sum, count) if shared is None else loss_sum / shared
+            losses[task.name] = _mean(loss_sum, count) if shared is None else loss_sum / shared
         return self.weighting(losses), {name: loss.detach() for name, loss in losses.items()}
 
     def predict(self, image: Tensor) -> dict[str, Tensor]:
@@ -175,15 +96,14 @@ class MultiTaskStep(nn.Module):
         return torch.autocast(image.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
-def build_step(config: Config, classes: Sequence[ClassInfo], depth: DepthInfo) -> MultiTaskStep:
-    """The untrained MultiTaskStep that ``config`` describes, for a dataset with these classes and this depth.
+def build_step(config: Config, tasks: Sequence[Task]) -> MultiTaskStep:
+    """The untrained MultiTaskStep that ``config`` describes, for ``tasks`` on a dataset.
 
     Also sets how this process computes in fp32, see ``set_fp32_precision``.
     """
     set_fp32_precision(config.tf32)
-    tasks = make_tasks(config.tasks, classes, depth)
     model = plugins.build("model", config.model, {task.name: task.channels for task in tasks})
-    weighting = plugins.build("weighting", config.weighting, list(config.tasks))
+    weighting = plugins.build("weighting", config.weighting, [task.name for task in tasks])
     return MultiTaskStep(model, tasks, weighting, config.precision)
 
 
@@ -249,3 +169,8 @@ def share_valid_counts(batches: Sequence[Batch], tasks: Sequence[Task]) -> None:
     for batch in batches:
         for i, task in enumerate(tasks):
             batch[f"valid/{task.name}"] = means[i]
+
+
+def _mean(total: Tensor, count: Tensor) -> Tensor:
+    """``total / count``, and 0 with a zero gradient where nothing was valid."""
+    return total / count.clamp(min=1)

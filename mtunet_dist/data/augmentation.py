@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -22,7 +21,7 @@ class Draw:
     left: int
     height: int
     width: int
-    depth_factor: float  # multiplies depth: zooming in by s brings a scene s times closer
+    scale: float  # the image is enlarged by this factor
     flip: bool
     color: ColorMap | None = None  # of the image alone; None changes nothing
 
@@ -30,16 +29,15 @@ class Draw:
 class Augmentation:
     """Draws for images of ``height`` x ``width``.
 
-    ``depth_kind`` decides how depth follows a zoom by s: metric depth is divided by s, inverse depth (disparity)
-    multiplied, as in MTAN's RandomScaleCrop. ``brightness``, ``contrast`` and ``saturation`` are factors drawn from
-    [max(0, 1 - x), 1 + x], ``hue`` a turn of the colour circle from [-x, x]; 0 is off. ``color.py`` says what they do.
+    Each task says how its target follows a zoom and a flip. ``brightness``, ``contrast`` and ``saturation`` are factors
+    drawn from [max(0, 1 - x), 1 + x], ``hue`` a turn of the colour circle from [-x, x]; 0 is off. ``color.py`` says
+    what they do.
     """
 
     def __init__(
         self,
         height: int,
         width: int,
-        depth_kind: Literal["metric", "inverse"],
         *,
         flip: bool = False,
         scales: Sequence[float] = (1.0,),
@@ -49,7 +47,7 @@ class Augmentation:
         hue: float = 0.0,
         seed: int = 0,
     ) -> None:
-        self.height, self.width, self.depth_kind = height, width, depth_kind
+        self.height, self.width = height, width
         self.flip, self.scales, self.seed = flip, tuple(scales), seed
         self.factors, self.hue = (brightness, contrast, saturation), hue
 
@@ -78,10 +76,9 @@ class Augmentation:
         top = int(random.integers(self.height - height + 1))
         left = int(random.integers(self.width - width + 1))
         flip = bool(random.random() < 0.5) and self.flip
-        factor = 1.0 / scale if self.depth_kind == "metric" else scale
         # Colours come last, and always draw all four, so that switching one on changes nothing else.
         color = self._color(random) if self.colors else None
-        return Draw(top, left, height, width, factor, flip, color)
+        return Draw(top, left, height, width, scale, flip, color)
 
     def _color(self, random: np.random.Generator) -> ColorMap:
         brightness, contrast, saturation = (random.uniform(max(0.0, 1.0 - x), 1.0 + x) for x in self.factors)

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mtunet_dist.core.step import Batch
 from mtunet_dist.data.augmentation import Augmentation, Draw
 from mtunet_dist.data.order import Plan
+from mtunet_dist.tasks._task import Task
 
 
 class Pixels(NamedTuple):
-    """Decoded samples: image uint8 (N, H, W, 3), label uint8 (N, H, W), depth (N, H, W) in stored units.
+    """Decoded samples: image uint8 (N, H, W, 3), and each target as stored, (N, H, W) or (N, H, W, planes).
 
-    Depth holds the bits of uint16 as int16, which torch can index on every device.
+    uint16 is held as int16 with the same bits, which torch can index on every device.
     """
 
     image: Tensor
-    label: Tensor
-    depth: Tensor
+    targets: dict[str, Tensor]
 
 
 def draws_of(plan: Plan, augmentation: Augmentation | None) -> list[Draw]:
@@ -29,18 +30,32 @@ def draws_of(plan: Plan, augmentation: Augmentation | None) -> list[Draw]:
     return [augmentation.draw(plan.epoch, int(i)) for i in plan.samples] if augmentation is not None else []
 
 
-def depth_scales(plan: Plan, draws: Sequence[Draw], scale: float) -> np.ndarray:
-    """float32 (N,): the factor from the stored depth of each sample to the dataset's unit, after its zoom."""
-    factors = [draw.depth_factor for draw in draws] or [1.0] * len(plan.samples)
-    return np.array([scale * factor for factor in factors], dtype=np.float32)
+def factors_of(tasks: Mapping[str, Task], draws: Sequence[Draw], count: int) -> dict[str, np.ndarray]:
+    """For each task whose stored numbers are multiplied: float32 (count, planes)."""
+    found = {name: task.factors(draws, count) for name, task in tasks.items()}
+    return {name: factors for name, factors in found.items() if factors is not None}
 
 
-def as_batch(image: Tensor, label: Tensor, depth: Tensor, depth_scale: Tensor, sample: Tensor) -> Batch:
-    """A batch from augmented tensors: image (N, H, W, 3) and label (N, H, W) uint8, depth (N, H, W) in stored units as
-    float32, the depth factor of each sample (N,), and the samples' positions int64 (N,)."""
-    return {
-        "image": image.permute(0, 3, 1, 2),
-        "segmentation": label,
-        "depth": (depth * depth_scale.view(-1, 1, 1)).unsqueeze(1),
-        "sample": sample,
-    }
+def as_stored(array: np.ndarray) -> Tensor:
+    """A stored target as a tensor. uint16 becomes int16 with the same bits."""
+    return torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array)
+
+
+def as_numbers(stored: Tensor, task: Task) -> Tensor:
+    """A stored target for arithmetic: float32, or unchanged if nothing is multiplied."""
+    if task.factors((), 0) is None:
+        return stored
+    return (stored.view(torch.uint16) if task.DTYPE is np.uint16 else stored).float()
+
+
+def as_batch(image: Tensor, targets: Mapping[str, Tensor], factors: Mapping[str, Tensor], sample: Tensor) -> Batch:
+    """A batch from augmented tensors: image uint8 (N, H, W, 3), targets (N, H, W) or (N, H, W, planes), the factors
+    (N, planes) of those that are multiplied, and the samples' positions int64 (N,)."""
+    batch = {"image": image.permute(0, 3, 1, 2), "sample": sample}
+    for name, target in targets.items():
+        if name in factors:
+            n, height, width = target.shape[:3]
+            target = target.reshape(n, height, width, -1) * factors[name].view(n, 1, 1, -1)
+            target = target.permute(0, 3, 1, 2)
+        batch[name] = target
+    return batch

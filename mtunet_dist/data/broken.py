@@ -1,8 +1,8 @@
 """Samples that cannot be decoded, under ``data.on_error=skip``.
 
-Such a sample keeps its place in the batch but adds nothing to any loss or metric. Its label is all VOID and its depth
-all 0. Its image is that of the first good sample of the batch (black if there is none), so that batch norm sees normal
-values. The ranks exchange no messages for this.
+Such a sample keeps its place in the batch but adds nothing to any loss or metric. Its targets are blank. Its image is
+that of the first good sample of the batch (black if there is none), so that batch norm sees normal values. The ranks
+exchange no messages for this.
 """
 
 from __future__ import annotations

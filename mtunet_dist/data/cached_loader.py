@@ -17,7 +17,7 @@ from mtunet_dist import distributed
 from mtunet_dist.core.step import Batch
 from mtunet_dist.data import node_memory
 from mtunet_dist.data.augmentation import Augmentation
-from mtunet_dist.data.batch import Pixels, as_batch, depth_scales, draws_of
+from mtunet_dist.data.batch import Pixels, as_batch, as_stored, draws_of, factors_of
 from mtunet_dist.data.broken import BrokenSamples, OnError, stand_ins
 from mtunet_dist.data.order import Order, Plan
 from mtunet_dist.data.sending import send
@@ -25,10 +25,9 @@ from mtunet_dist.data.shared_cache import digest, node_copy
 from mtunet_dist.data.splits import Split
 from mtunet_dist.data.torch_augmentation import augmented
 from mtunet_dist.errors import InputError
-from mtunet_dist.schema import VOID
 
 PACKAGE = Path(__file__).parent.parent
-BYTES_PER_PIXEL = 6  # RGB, label, depth
+RGB_BYTES = 3
 
 
 class CachedLoader:
@@ -60,7 +59,8 @@ class CachedLoader:
             node_memory.raise_any(_device_shortage(what, _bytes(split), device))
         self.stored = self._load(what, threads, shared=not on_device or device.type == "cpu")
         if on_device:
-            self.stored = Pixels(*(x.to(device) for x in self.stored))
+            moved = {name: x.to(device) for name, x in self.stored.targets.items()}
+            self.stored = Pixels(self.stored.image.to(device), moved)
 
     @property
     def skipped(self) -> int:
@@ -79,9 +79,10 @@ class CachedLoader:
         draws = draws_of(plan, self.augmentation)
         shown = torch.from_numpy(stand_ins(plan.samples, self.broken.positions))
         samples = torch.from_numpy(plan.samples)
-        pixels = Pixels(*(self._take(x, i) for x, i in zip(self.stored, (shown, samples, samples), strict=True)))
-        scales = depth_scales(plan, draws, self.split.info.depth.scale)
-        return as_batch(*augmented(pixels, draws), send(scales, self.device), send(samples, self.device))
+        taken = {name: self._take(x, samples) for name, x in self.stored.targets.items()}
+        pixels, tasks = Pixels(self._take(self.stored.image, shown), taken), self.split.targets
+        factors = {name: send(x, self.device) for name, x in factors_of(tasks, draws, len(samples)).items()}
+        return as_batch(*augmented(pixels, tasks, draws), factors, send(samples, self.device))
 
     def _take(self, stored: Tensor, index: Tensor) -> Tensor:
         """Copy the entries ``index`` to the device. It uses pinned memory if this makes the copy asynchronous."""
@@ -100,41 +101,51 @@ class CachedLoader:
             self.broken.add(position, reason, warn=distributed.is_main())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # no code writes to it
-            image, label, depth = _arrays(split, data)
-            return Pixels(*map(torch.from_numpy, (image, label, depth.view(np.int16))))
+            image, targets = _arrays(split, data)
+            return Pixels(torch.from_numpy(image), {name: as_stored(target) for name, target in targets.items()})
 
 
 def _decode(split: Split, data: np.ndarray, i: int) -> str | None:
     """Put sample ``i`` into ``data``, uint8 (bytes,) of zeros. Returns the reason if it cannot be decoded."""
-    stored = _arrays(split, data)
+    image, targets = _arrays(split, data)
     try:
         raw = split.decode(i)
     except InputError as error:
-        stored[1][i] = VOID  # image and depth stay 0
+        for name, task in split.targets.items():
+            targets[name][i] = task.blank(split.info.height, split.info.width)
         return str(error)
-    for array, pixels in zip(stored, (raw.rgb, raw.label, raw.depth), strict=True):
-        array[i] = pixels
+    image[i] = raw.rgb
+    for name, target in targets.items():
+        target[i] = raw.targets[name]
     return None
 
 
-def _arrays(split: Split, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Views of ``data``: image uint8 (N, H, W, 3), label uint8 (N, H, W), depth uint16 (N, H, W)."""
-    shape = (len(split), split.info.height, split.info.width)
-    # Depth first, so that its 2-byte numbers are aligned.
-    depth, label, image = np.split(data, [2 * int(np.prod(shape)), 3 * int(np.prod(shape))])
-    return image.reshape(*shape, 3), label.reshape(shape), depth.view(np.uint16).reshape(shape)
+def _arrays(split: Split, data: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Views of ``data``: image uint8 (N, H, W, 3), and each target as stored, (N, H, W) or (N, H, W, planes)."""
+    n, height, width = len(split), split.info.height, split.info.width
+    targets, start = {}, 0
+    # The widest numbers first, so that they are aligned.
+    for name, task in sorted(split.targets.items(), key=lambda item: -np.dtype(item[1].DTYPE).itemsize):
+        shape = (n, *task.shape(height, width))
+        end = start + int(np.prod(shape)) * np.dtype(task.DTYPE).itemsize
+        targets[name] = data[start:end].view(task.DTYPE).reshape(shape)
+        start = end
+    return data[start:].reshape(n, height, width, RGB_BYTES), {name: targets[name] for name in split.targets}
 
 
 def _content(split: Split) -> str:
     """A key that is equal if decoding gives equal pixels: the same unchanged files, decoded by the same code."""
     files = [(split.root / shard.file).stat() for shard in split.shards]
-    code = [path.read_text() for folder in ("data", "sources") for path in sorted((PACKAGE / folder).glob("*.py"))]
+    code = [
+        path.read_text() for folder in ("data", "sources", "tasks") for path in sorted((PACKAGE / folder).glob("*.py"))
+    ]
     which = [[file.st_dev, file.st_ino, file.st_mtime_ns] for file in files]
     return digest(split.fingerprint, split.version, which, sys.prefix, PIL.__version__, code)
 
 
 def _bytes(split: Split) -> int:
-    return len(split) * split.info.height * split.info.width * BYTES_PER_PIXEL
+    per_pixel = RGB_BYTES + sum(task.PLANES * np.dtype(task.DTYPE).itemsize for task in split.targets.values())
+    return len(split) * split.info.height * split.info.width * per_pixel
 
 
 def _device_shortage(what: str, needed: int, device: torch.device) -> str | None:

@@ -8,7 +8,7 @@ stay in their source are decoded by our own threads, because each source convert
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -16,22 +16,22 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
+from torch import Tensor
 
 from mtunet_dist.config import DaliConfig
 from mtunet_dist.core.step import Batch
 from mtunet_dist.data.augmentation import Augmentation
-from mtunet_dist.data.batch import as_batch, depth_scales, draws_of
+from mtunet_dist.data.batch import as_batch, draws_of, factors_of
 from mtunet_dist.data.broken import BrokenSamples, OnError, stand_ins
 from mtunet_dist.data.order import Order, Plan
 from mtunet_dist.data.sending import Loans
 from mtunet_dist.data.splits import ShardSplit, Split
 from mtunet_dist.errors import InputError
-from mtunet_dist.schema import VOID
 from mtunet_dist.sources._images import encode
+from mtunet_dist.tasks._task import Task
 
-OUTPUTS = ["image", "label", "depth", "depth_scale", "sample"]
-Parts = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""RGB, label and depth of a sample: encoded, uint8 (n,), or pixels (H, W, C)."""
+Parts = dict[str, np.ndarray]
+"""RGB and the targets of a sample: encoded, uint8 (n,), or pixels (H, W, C)."""
 JPEG_BYTES_PER_PIXEL = 12  # nvJPEG's buffers: three planes of int16 coefficients and of pixels
 
 
@@ -56,8 +56,13 @@ class DaliLoader:
         self.failure: InputError | None = None  # an error found while reading ahead; it is raised when its batch is due
         self.pool = None if isinstance(split, ShardSplit) else ThreadPoolExecutor(threads)
         self.ahead: dict[int, list[Future[Parts | InputError]]] = {}  # batches that the pool reads, by number
-        # Whether RGB and whether the targets are encoded when the pipeline gets them.
-        self.encoded = (True, split.encoded_targets) if isinstance(split, ShardSplit) else (False, False)
+        # Whether a part is encoded when the pipeline gets it.
+        self.encoded = (
+            {"rgb": True, **split.encoded} if isinstance(split, ShardSplit) else dict.fromkeys(split.parts, False)
+        )
+        self.multiplied = list(factors_of(split.targets, (), 0))
+        factors = [f"factors/{name}" for name in self.multiplied]
+        self.outputs = [*(f"part/{part}" for part in split.parts), *factors, "sample"]
 
     @property
     def skipped(self) -> int:
@@ -89,15 +94,26 @@ class DaliLoader:
                 continue
             if self.broken.positions:
                 self.broken.count(self.order.plan(index).samples)
-            outputs = [out.pop(name) for name in OUTPUTS]
-            image, label, depth, depth_scale, sample = outputs
-            if loans is not None:  # they are views of DALI's memory, and the GPU may still be at an earlier step
-                image, label, sample = (x.clone() for x in (image, label, sample))
-            batch = as_batch(image, label.squeeze(3), depth.squeeze(3), depth_scale, sample)
+            outputs = {name: out.pop(name) for name in self.outputs}
+            yield self._batch(outputs, copied=loans is not None)
             if loans is not None:
-                loans.keep(*outputs)
-            yield batch
+                loans.keep(*outputs.values())
             index += 1
+
+    def _batch(self, outputs: dict[str, Tensor], *, copied: bool) -> Batch:
+        """The batch from the outputs of the pipeline. ``copied``: they are views of DALI's memory, and the GPU may
+        still be at an earlier step, so that nothing in the batch may be one of them."""
+        factors = {name: outputs[f"factors/{name}"] for name in self.multiplied}
+        targets = {name: outputs[f"part/{name}"] for name in self.split.targets}
+        image, sample = outputs["part/rgb"], outputs["sample"]
+        for name, task in self.split.targets.items():
+            if task.PLANES == 1:
+                targets[name] = targets[name].squeeze(3)
+            if copied and name not in factors:  # a product is a copy
+                targets[name] = targets[name].clone()
+        if copied:
+            image, sample = image.clone(), sample.clone()
+        return as_batch(image, targets, factors, sample)
 
     def _search_alone(self, samples: np.ndarray) -> bool:
         """Put ``samples`` through DALI one by one. Note those that DALI refuses although PIL decodes them. Returns
@@ -133,6 +149,8 @@ class DaliLoader:
         on_gpu = self.device.type == "cuda"
         pipeline = pipeline_def(_graph)(
             self._source(start),
+            tasks=self.split.targets,
+            multiplied=self.multiplied,
             size=(info.height, info.width),
             zooms=augmentation is not None and augmentation.zooms,
             colors=augmentation is not None and augmentation.colors,
@@ -147,12 +165,11 @@ class DaliLoader:
             prefetch_queue_depth=self.prefetch,
         )
         pipeline.build()
-        return DALIGenericIterator(pipeline, OUTPUTS, auto_reset=False, prepare_first_batch=False)
+        return DALIGenericIterator(pipeline, self.outputs, auto_reset=False, prepare_first_batch=False)
 
     def _source(self, start: int) -> Callable[[types.BatchInfo], list[list[np.ndarray]]]:
-        """The function that DALI calls for each batch. It returns encoded parts, depth scales, positions and
-        augmentation."""
-        augmentation, scale = self.augmentation, self.split.info.depth.scale
+        """The function that DALI calls for each batch. It returns parts, factors, positions and augmentation."""
+        augmentation, tasks = self.augmentation, self.split.targets
 
         def batch(info: types.BatchInfo) -> list[list[np.ndarray]]:
             index = start + info.iteration
@@ -165,7 +182,8 @@ class DaliLoader:
             except InputError as error:
                 self.failure = error
                 raise StopIteration from None
-            columns += [list(map(np.asarray, x)) for x in (depth_scales(plan, draws, scale), plan.samples)]
+            factors = factors_of(tasks, draws, len(plan.samples)).values()
+            columns += [list(map(np.asarray, x)) for x in (*factors, plan.samples)]
             if augmentation is not None and augmentation.zooms:
                 columns += [[np.array([d.top, d.left]) for d in draws], [np.array([d.height, d.width]) for d in draws]]
             if augmentation is not None and augmentation.colors:
@@ -177,8 +195,8 @@ class DaliLoader:
         return batch
 
     def _parts(self, index: int, samples: np.ndarray) -> list[list[np.ndarray]]:
-        """Images, labels and depths of batch ``index``, encoded or not. Known broken samples get stand-ins."""
-        parts = {}
+        """Images and targets of batch ``index``, encoded or not. Known broken samples get stand-ins."""
+        parts: dict[int, Parts] = {}
         for i, found in zip(samples.tolist(), self._reads(index, samples), strict=True):
             if i in self.broken.positions:
                 continue
@@ -191,9 +209,16 @@ class DaliLoader:
             if i in parts:
                 rows.append(parts[i])
             else:
-                black, void, no_depth = _blank(self.split.info.height, self.split.info.width, *self.encoded)
-                rows.append((black if shown == i else parts[shown][0], void, no_depth))
-        return [list(column) for column in zip(*rows, strict=True)]
+                rows.append({**self._blank, **({} if shown == i else {"rgb": parts[shown]["rgb"]})})
+        return [[row[part] for row in rows] for part in self.split.parts]
+
+    @functools.cached_property
+    def _blank(self) -> Parts:
+        """A black image and blank targets, in the form that the pipeline takes."""
+        height, width = self.split.info.height, self.split.info.width
+        pixels = {"rgb": np.zeros((height, width, 3), dtype=np.uint8)}
+        pixels |= {name: _planes(task.blank(height, width)) for name, task in self.split.targets.items()}
+        return {part: _png(x) if self.encoded[part] else x for part, x in pixels.items()}
 
     def _reads(self, index: int, samples: np.ndarray) -> Iterable[Parts | InputError]:
         """The results of ``_read`` for the ``samples`` of batch ``index``.
@@ -212,17 +237,16 @@ class DaliLoader:
         return [future.result() for future in self.ahead.pop(index)]
 
     def _read(self, i: int) -> Parts | InputError:
-        """RGB, label and depth of sample ``i`` in the form that the pipeline takes, or the error of a damaged
-        sample."""
+        """The parts of sample ``i`` in the form that the pipeline takes, or the error of a damaged sample."""
         try:
             if not isinstance(self.split, ShardSplit):
                 raw = self.split.decode(i)
-                return raw.rgb, raw.label[..., None], raw.depth[..., None]
-            parts = self.split.parts(i)
-            if self.split.encoded_targets:
-                return parts
-            label, depth = self.split.targets(i)
-            return parts[0], label[..., None], depth[..., None]
+                return {"rgb": raw.rgb, **{name: _planes(target) for name, target in raw.targets.items()}}
+            found = self.split.stored(i)
+            arrays = {
+                name: _planes(self.split.array(name, found[name])) for name, x in self.split.encoded.items() if not x
+            }
+            return {**found, **arrays}
         except InputError as error:
             return error
 
@@ -244,21 +268,25 @@ class _One:
 def _graph(
     source: Any,
     *,
+    tasks: Mapping[str, Task],
+    multiplied: Sequence[str],
     size: tuple[int, int],
-    encoded: tuple[bool, bool],
+    encoded: Mapping[str, bool],
     zooms: bool,
     colors: bool,
     flips: bool,
     on_gpu: bool,
     mixed: dict[str, Any],
 ) -> tuple[Any, ...]:
-    count = len(OUTPUTS) + 2 * zooms + colors + flips
-    encoded_rgb, encoded_targets = encoded
+    others = len(multiplied) + 1  # the factors, and the positions
+    count = 1 + len(tasks) + others + 2 * zooms + colors + flips
     # Decoders set their own layouts; other inputs need one.
-    layouts = ["" if encoded_rgb else "HWC", *["" if encoded_targets else "HWC"] * 2, *[""] * (count - 3)]
+    layouts = ["" if encoded[part] else "HWC" for part in ("rgb", *tasks)]
+    layouts += [""] * (count - len(layouts))
     columns = fn.external_source(source=source, num_outputs=count, batch=True, batch_info=True, layout=layouts)
-    image, label, depth, depth_scale, position, *draws = columns
-    if encoded_rgb:
+    image, rest = columns[0], list(columns[1 + len(tasks) : 1 + len(tasks) + others])
+    targets, draws = dict(zip(tasks, columns[1:], strict=False)), list(columns[1 + len(tasks) + others :])
+    if encoded["rgb"]:
         # prepare has turned the images upright, so no EXIF orientation is left. PNGs always decode on the CPU. JPEGs
         # decode on the GPU if there is one, with the same chroma upsampling as the CPU.
         image = fn.decoders.image(
@@ -269,25 +297,30 @@ def _graph(
             jpeg_fancy_upsampling=True,
             **mixed,
         )
-    if encoded_targets:
-        label = fn.decoders.image(label, output_type=types.GRAY, adjust_orientation=False)
-        depth = fn.decoders.image(depth, output_type=types.GRAY, dtype=types.UINT16, adjust_orientation=False)
+    for name, task in tasks.items():
+        if encoded[name]:
+            kinds = {"output_type": types.GRAY, "dtype": types.to_dali_type(np.dtype(task.DTYPE).name)}
+            targets[name] = fn.decoders.image(targets[name], adjust_orientation=False, **kinds)
     if on_gpu:
         # Data that is already on the GPU is not copied.
-        image, label, depth, depth_scale, position = (x.gpu() for x in (image, label, depth, depth_scale, position))
-    depth = fn.cast(depth, dtype=types.FLOAT)
+        image, rest = image.gpu(), [x.gpu() for x in rest]
+        targets = {name: x.gpu() for name, x in targets.items()}
+    for name in multiplied:
+        targets[name] = fn.cast(targets[name], dtype=types.FLOAT)
     if zooms:
         start, window, *draws = draws
         # Round only after the colours, which would magnify the rounding error.
         image = _zoomed(image, start, window, size, types.INTERP_LINEAR, types.FLOAT if colors else types.UINT8)
-        label = _zoomed(label, start, window, size, types.INTERP_NN, types.UINT8)
-        depth = _zoomed(depth, start, window, size, types.INTERP_NN, types.FLOAT)
+        for name, x in targets.items():
+            kind = types.FLOAT if name in multiplied else types.to_dali_type(np.dtype(tasks[name].DTYPE).name)
+            targets[name] = _zoomed(x, start, window, size, types.INTERP_NN, kind)
     if colors:
         color, *draws = draws
         image = fn.cast(fn.coord_transform(image, MT=color, dtype=types.FLOAT), dtype=types.UINT8)
     if flips:
-        image, label, depth = (fn.flip(x, horizontal=draws[0]) for x in (image, label, depth))
-    return image, label, depth, depth_scale, position
+        image = fn.flip(image, horizontal=draws[0])
+        targets = {name: fn.flip(x, horizontal=draws[0]) for name, x in targets.items()}
+    return image, *targets.values(), *rest
 
 
 def _zoomed(x: Any, start: Any, window: Any, size: tuple[int, int], interpolation: Any, dtype: Any) -> Any:
@@ -310,15 +343,9 @@ def _mixed_options(height: int, width: int, settings: DaliConfig) -> dict[str, A
     }
 
 
-@functools.cache
-def _blank(height: int, width: int, encoded_rgb: bool, encoded_targets: bool) -> Parts:
-    """A black image, a label all VOID and a depth all invalid, (H, W, C) or PNG-encoded."""
-    image = np.zeros((height, width, 3), dtype=np.uint8)
-    label = np.full((height, width, 1), VOID, dtype=np.uint8)
-    depth = np.zeros((height, width, 1), dtype=np.uint16)
-    if encoded_rgb:
-        image = _png(image)
-    return (image, _png(label), _png(depth)) if encoded_targets else (image, label, depth)
+def _planes(target: np.ndarray) -> np.ndarray:
+    """A stored target as (H, W, planes)."""
+    return target[..., None] if target.ndim == 2 else target
 
 
 def _png(pixels: np.ndarray) -> np.ndarray:

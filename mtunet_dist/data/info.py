@@ -1,15 +1,22 @@
-"""The content of a prepared dataset's ``dataset.json``."""
+"""The content of a prepared dataset's ``dataset.json``.
+
+Format 3 keeps targets by the names of their tasks. Format 2 had one label and one depth per sample; it is still read.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mtunet_dist import plugins
 from mtunet_dist.data.shards import RgbFormat, TargetFormat
-from mtunet_dist.schema import ClassInfo, DepthInfo
+from mtunet_dist.errors import InputError, closest
+from mtunet_dist.tasks._task import Counts, Task
 
-FORMAT = 2
+FORMAT = 3
+READABLE = (2, 3)
 INFO_FILE = "dataset.json"
 Stored = Literal["shards", "source"]
 
@@ -57,50 +64,61 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """A split and its statistics over all stored pixels. Depth is in the dataset's unit, 0 if no pixel is valid.
-
-    A sample without a single labelled or valid pixel counts as one without label or depth. Datasets from versions that
-    did not count these samples have 0.
-    """
+    """A split, and for each target its counts over all stored pixels (see ``Counts``)."""
 
     count: int
     shards: tuple[ShardInfo, ...]
-    class_pixels: tuple[int, ...]
-    void_pixels: int
-    valid_depth_pixels: int
-    depth_mean: float
-    depth_min: float
-    depth_max: float
-    samples_without_label: int = 0
-    samples_without_depth: int = 0
+    targets: dict[str, Counts]
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """The content of ``dataset.json``."""
+    """The content of ``dataset.json``. ``targets`` are the tasks that the dataset has targets for, by name."""
 
     format: int
     name: str
     created_by: str
     height: int
     width: int
-    classes: tuple[ClassInfo, ...]
-    depth: DepthInfo
+    targets: dict[str, Task]
     splits: dict[str, SplitInfo]
     settings: Settings
 
+    def to_json(self) -> dict[str, Any]:
+        """The content as JSON values."""
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {
+            **plain,
+            "targets": {name: task.to_json() for name, task in self.targets.items()},
+            "splits": {name: dataclasses.asdict(split) for name, split in self.splits.items()},
+            "settings": dataclasses.asdict(self.settings),
+        }
+
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> DatasetInfo:
-        """Make it from the parsed JSON of ``dataclasses.asdict``. KeyError or TypeError for other JSON."""
+        """Make it from the values of ``to_json``, or of format 2. KeyError, TypeError or InputError for others."""
+        value = _from_format_2(value) if value["format"] == 2 else value
+        targets = {}
+        for name, meaning in value["targets"].items():
+            targets[name] = plugins.find("task", meaning["kind"]).from_json(name, meaning)  # type: ignore[attr-defined]
         return cls(
             **{
                 **value,
-                "classes": tuple(ClassInfo(c["name"], tuple(c["color"])) for c in value["classes"]),
-                "depth": DepthInfo(**value["depth"]),
+                "targets": targets,
                 "splits": {name: _split_info(split) for name, split in value["splits"].items()},
                 "settings": Settings(**value["settings"]),
             }
         )
+
+    def tasks(self, names: Sequence[str]) -> list[Task]:
+        """The targets ``names``. InputError for a name that the dataset does not have."""
+        for name in names:
+            if name not in self.targets:
+                known = ", ".join(self.targets)
+                raise InputError(
+                    f"unknown task '{name}'.{closest(name, list(self.targets))} The dataset '{self.name}' has: {known}"
+                )
+        return [self.targets[name] for name in names]
 
 
 def index_name(split: str) -> str:
@@ -109,5 +127,34 @@ def index_name(split: str) -> str:
 
 
 def _split_info(value: dict[str, Any]) -> SplitInfo:
-    shards = tuple(ShardInfo(**shard) for shard in value["shards"])
-    return SplitInfo(**{**value, "shards": shards, "class_pixels": tuple(value["class_pixels"])})
+    return SplitInfo(value["count"], tuple(ShardInfo(**shard) for shard in value["shards"]), value["targets"])
+
+
+def _from_format_2(value: dict[str, Any]) -> dict[str, Any]:
+    """The values of format 3. The fingerprints of the source files are dropped: they were made in another way."""
+    depth, pixels = value["depth"], value["height"] * value["width"]
+    splits = {}
+    for name, split in value["splits"].items():
+        count, scale = split["count"], depth["scale"]
+        segmentation = {
+            "pixels": count * pixels,
+            "valid": sum(split["class_pixels"]),
+            "samples_without": split.get("samples_without_label", 0),
+            "classes": split["class_pixels"],
+        }
+        valid = split["valid_depth_pixels"]
+        distances = {
+            "pixels": count * pixels,
+            "valid": valid,
+            "samples_without": split.get("samples_without_depth", 0),
+            "sum": split["depth_mean"] / scale * valid,
+            "min": round(split["depth_min"] / scale) if valid else 65535,
+            "max": round(split["depth_max"] / scale),
+        }
+        shards = [{**shard, "source": ""} for shard in split["shards"]]
+        splits[name] = {"count": count, "shards": shards}
+        splits[name]["targets"] = {"segmentation": segmentation, "depth": distances}
+    meaning = {"kind": "depth", "depth": depth["kind"], "unit": depth["unit"], "scale": depth["scale"]}
+    targets = {"segmentation": {"kind": "segmentation", "classes": value["classes"]}, "depth": meaning}
+    rest = {key: v for key, v in value.items() if key not in ("classes", "depth")}
+    return {**rest, "targets": targets, "splits": splits}

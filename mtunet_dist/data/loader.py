@@ -61,7 +61,6 @@ def make_augmentation(config: AugmentConfig, info: DatasetInfo, seed: int) -> Au
     augmentation = Augmentation(
         info.height,
         info.width,
-        info.depth.kind,
         flip=config.flip,
         scales=config.scales,
         brightness=config.brightness,

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from mtunet_dist import plugins
-from mtunet_dist.data.info import FORMAT, INFO_FILE, DatasetInfo, SplitInfo
+from mtunet_dist.data.info import INFO_FILE, READABLE, DatasetInfo, SplitInfo
 from mtunet_dist.data.shard_builder import changed, tasks_of
 from mtunet_dist.data.shards import sha256
 from mtunet_dist.data.splits import Split, make_split, pixels_sha256
 from mtunet_dist.errors import InputError
-from mtunet_dist.schema import MOST_CLASSES, class_problem
 from mtunet_dist.sources._source import Source
 from mtunet_dist.system.files import read_json
 from mtunet_dist.system.place import shown
@@ -101,13 +100,14 @@ def _read_info(root: Path) -> DatasetInfo:
         raise InputError(f"{shown(root)} {state} (no {INFO_FILE}); make it with mtunet prepare")
     value = read_json(path)
     version = value.get("format") if isinstance(value, dict) else None
-    if version != FORMAT:
-        raise InputError(f"{path}: format {version}, but this version reads format {FORMAT}; prepare it again")
+    if version not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise InputError(f"{path}: format {version}, but this version reads formats {known}; prepare it again")
     try:
         info = DatasetInfo.from_json(value)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged: {error}") from None
-    names = [c.name for c in info.classes]
-    if len(names) > MOST_CLASSES or len(set(names)) < len(names):  # earlier versions accepted this
-        raise InputError(f"{path}: {class_problem(info.classes)}; prepare it again in another folder")
+    for task in info.targets.values():
+        if problem := task.problem(old=True):  # earlier versions accepted some
+            raise InputError(f"{path}: {problem}; prepare it again in another folder")
     return info

@@ -39,7 +39,7 @@ def progress(total: int, console: Console) -> Iterator[Callable[[int], None]]:
 
 
 def table(dataset: PreparedDataset) -> Table:
-    """A table of the splits, with the share of each class in all pixels and the depth of the valid pixels."""
+    """A table of the splits, and of how the pixels of each target are distributed."""
     info = dataset.info
     # Text, because rich reads strings with [] or colons as markup.
     rows = Table(title=Text(f"{dataset.root}: {info.width} wide, {info.height} high"))
@@ -47,20 +47,14 @@ def table(dataset: PreparedDataset) -> Table:
     for name in info.splits:
         rows.add_column(name, justify="right")
     splits = list(info.splits.values())
-    pixels = [split.count * info.height * info.width for split in splits]
     rows.add_row("samples", *(str(split.count) for split in splits))
-    for title, without in (
-        ("without label", [split.samples_without_label for split in splits]),
-        ("without depth", [split.samples_without_depth for split in splits]),
-    ):
+    for name, task in info.targets.items():
+        without = [split.targets[name]["samples_without"] for split in splits]
         if any(without):
-            rows.add_row(title, *map(str, without))
-    rows.add_section()
-    for i, entry in enumerate(info.classes):
-        rows.add_row(Text(entry.name), *(f"{s.class_pixels[i] / n:.1%}" for s, n in zip(splits, pixels, strict=True)))
-    rows.add_row("void", *(f"{s.void_pixels / n:.1%}" for s, n in zip(splits, pixels, strict=True)), end_section=True)
-    unit = "m" if info.depth.unit == "metre" else "no unit"
-    rows.add_row("valid depth", *(f"{s.valid_depth_pixels / n:.1%}" for s, n in zip(splits, pixels, strict=True)))
-    rows.add_row(f"depth mean ({unit})", *(f"{s.depth_mean:.4g}" for s in splits))
-    rows.add_row(f"depth range ({unit})", *(f"{s.depth_min:.4g} to {s.depth_max:.4g}" for s in splits))
+            rows.add_row(f"without {task.part}", *map(str, without))
+    for name, task in info.targets.items():
+        rows.add_section()
+        columns = [task.rows(split.targets[name]) for split in splits]
+        for label in columns[0]:
+            rows.add_row(Text(label), *(column[label] for column in columns))
     return rows

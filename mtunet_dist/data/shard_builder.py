@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,12 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from mtunet_dist.data.info import DatasetInfo, Settings, ShardInfo, SplitInfo
+from mtunet_dist.data.info import DatasetInfo, Settings, ShardInfo
 from mtunet_dist.data.shards import (
     EncodedSample,
     Index,
-    RgbFormat,
-    TargetFormat,
     sha256,
     shard_name,
     write_shard,
@@ -30,10 +28,10 @@ from mtunet_dist.data.shards import (
 from mtunet_dist.data.splits import file_sizes, npy_header, pixels_sha256, resized
 from mtunet_dist.data.stamps import fingerprint, stamp, what_changed
 from mtunet_dist.errors import InputError
-from mtunet_dist.schema import VOID
 from mtunet_dist.sources._images import decode, encode
 from mtunet_dist.sources._source import RawSample, Sample, Source
 from mtunet_dist.system.files import read_json, write_json
+from mtunet_dist.tasks._task import Counts, Task
 
 SIDECAR = ".done"
 
@@ -67,77 +65,19 @@ class ShardTask:
         return fingerprint(self.source, self.settings, map(stamp, self.samples))
 
 
-@dataclass
-class Statistics:
-    """Sums over stored pixels, depth in stored units. The sums of shards add up exactly in any order."""
-
-    class_pixels: list[int]
-    void_pixels: int = 0
-    valid_depth_pixels: int = 0
-    depth_sum: int = 0
-    depth_min: int = 65535
-    depth_max: int = 0
-    samples_without_label: int = 0
-    samples_without_depth: int = 0
-
-    def add_sample(self, sample: RawSample) -> None:
-        """Count the pixels of ``sample``."""
-        counts: list[int] = np.bincount(sample.label.ravel(), minlength=256).tolist()
-        valid = sample.depth[sample.depth > 0]
-        self.add(
-            Statistics(
-                counts[: len(self.class_pixels)],
-                counts[VOID],
-                valid.size,
-                int(valid.sum(dtype=np.int64)),
-                int(valid.min(initial=65535)),
-                int(valid.max(initial=0)),
-                int(counts[VOID] == sample.label.size),
-                int(valid.size == 0),
-            )
-        )
-
-    def add(self, other: Statistics) -> None:
-        """Add the counts of ``other``."""
-        self.class_pixels = [a + b for a, b in zip(self.class_pixels, other.class_pixels, strict=True)]
-        self.void_pixels += other.void_pixels
-        self.valid_depth_pixels += other.valid_depth_pixels
-        self.depth_sum += other.depth_sum
-        self.depth_min = min(self.depth_min, other.depth_min)
-        self.depth_max = max(self.depth_max, other.depth_max)
-        self.samples_without_label += other.samples_without_label
-        self.samples_without_depth += other.samples_without_depth
-
-    def of_split(self, shards: Sequence[ShardInfo], depth_scale: float) -> SplitInfo:
-        """The entry in ``dataset.json`` of the split that consists of these ``shards``."""
-        valid = self.valid_depth_pixels
-        return SplitInfo(
-            count=sum(shard.count for shard in shards),
-            shards=tuple(shards),
-            class_pixels=tuple(self.class_pixels),
-            void_pixels=self.void_pixels,
-            valid_depth_pixels=valid,
-            depth_mean=self.depth_sum / valid * depth_scale if valid else 0.0,
-            depth_min=self.depth_min * depth_scale if valid else 0.0,
-            depth_max=self.depth_max * depth_scale,
-            samples_without_label=self.samples_without_label,
-            samples_without_depth=self.samples_without_depth,
-        )
-
-
 @dataclass(frozen=True)
 class ShardResult:
     """A finished shard."""
 
     shard: ShardInfo
     index: Index
-    statistics: Statistics
+    counts: dict[str, Counts]  # of each target
 
 
 def make_shard(task: ShardTask) -> ShardResult | list[str]:
     """Make the shard and its sidecar. If a sample is bad, write nothing and return what is wrong with each bad
     sample."""
-    statistics = Statistics([0] * len(task.source.classes))
+    counts: dict[str, Counts] = {}
     encoded: list[EncodedSample] = []
     listed: list[tuple[str, str]] = []
     errors = []
@@ -149,11 +89,11 @@ def make_shard(task: ShardTask) -> ShardResult | list[str]:
             errors.append(str(error))
             continue
         sample = resized(raw, task.settings.height, task.settings.width)
-        statistics.add_sample(sample)
+        counts = add_counts(task.source.targets, counts, count_sample(task.source.targets, sample))
         if task.settings.stored == "source":
             listed.append((files.key, pixels_sha256(sample)))
         else:
-            encoded.append(encode_sample(files.key, sample, task.settings.rgb_format, task.settings.target_format))
+            encoded.append(encode_sample(files.key, sample, task.source.targets, task.settings))
     if errors:
         return errors
     if task.settings.stored == "source":
@@ -161,7 +101,7 @@ def make_shard(task: ShardTask) -> ShardResult | list[str]:
     else:
         index = write_shard(task.path, task.number, encoded)
     shard = ShardInfo(task.path.name, len(task.samples), task.path.stat().st_size, sha256(task.path), made_from)
-    result = ShardResult(shard, index, statistics)
+    result = ShardResult(shard, index, counts)
     write_json(task.sidecar, dataclasses.asdict(result))
     return result
 
@@ -173,7 +113,7 @@ def finished(task: ShardTask) -> ShardResult | None:
     try:
         value = read_json(task.sidecar)
         shard = ShardInfo(**value["shard"])
-        result = ShardResult(shard, Index(**value["index"]), Statistics(**value["statistics"]))
+        result = ShardResult(shard, Index(**value["index"]), value["counts"])
     except (InputError, KeyError, TypeError):  # damaged, or of another version
         return None
     return result if shard.source == task.fingerprint and shard.bytes == task.path.stat().st_size else None
@@ -215,21 +155,36 @@ def write_listing(task: ShardTask, listed: list[tuple[str, str]]) -> Index:
     write_json(task.path, listed)
     index = Index()
     for sample in task.samples:
-        rgb, label, depth = ((0, size) for size in file_sizes(sample))
-        index.extend(Index([sample.key], [task.number], [rgb], [label], [depth], [(0, 0, 0)]))
+        sizes = file_sizes(sample, ("rgb", *task.source.targets))
+        index.append(sample.key, task.number, {part: ((0, size), 0) for part, size in sizes.items()})
     return index
 
 
-def encode_sample(key: str, sample: RawSample, rgb_format: RgbFormat, target_format: TargetFormat) -> EncodedSample:
-    """Label and depth losslessly; RGB as JPEG of quality 95 without chroma subsampling, or as PNG."""
-    if rgb_format == "jpeg":
-        rgb = encode(sample.rgb, "JPEG", quality=95, subsampling="4:4:4")
+def encode_sample(key: str, sample: RawSample, targets: Mapping[str, Task], settings: Settings) -> EncodedSample:
+    """Targets losslessly; RGB as JPEG of quality 95 without chroma subsampling, or as PNG."""
+    if settings.rgb_format == "jpeg":
+        parts = {"rgb": ("rgb.jpg", encode(sample.rgb, "JPEG", quality=95, subsampling="4:4:4"))}
     else:
-        rgb = encode(sample.rgb, "PNG")
-    if target_format == "npy":
-        label, depth = (npy_header(x) + x.tobytes() for x in (sample.label, sample.depth))
-    else:
-        label, depth = encode(sample.label, "PNG"), encode(sample.depth, "PNG")
-        assert np.array_equal(decode(label, "label", key), sample.label), key
-        assert np.array_equal(decode(depth, "depth", key), sample.depth), key
-    return EncodedSample(key, rgb_format, target_format, rgb, label, depth)
+        parts = {"rgb": ("rgb.png", encode(sample.rgb, "PNG"))}
+    for name, task in targets.items():
+        target = sample.targets[name]
+        if settings.target_format == "npy" or not task.LOSSLESS:
+            parts[name] = (f"{task.part}.npy", npy_header(target) + target.tobytes())
+        else:
+            parts[name] = (f"{task.part}.png", encode(target, "PNG"))
+            assert np.array_equal(decode(parts[name][1], task.IMAGE, key), target), key
+    return EncodedSample(key, parts)
+
+
+def count_sample(targets: Mapping[str, Task], sample: RawSample) -> dict[str, Counts]:
+    """The counts of each target of ``sample``."""
+    return {name: task.count(sample.targets[name]) for name, task in targets.items()}
+
+
+def add_counts(
+    targets: Mapping[str, Task], one: Mapping[str, Counts], other: Mapping[str, Counts]
+) -> dict[str, Counts]:
+    """The counts of both together. An empty one counts nothing. The sums of shards are exact in any order."""
+    if not one or not other:
+        return {**one, **other}
+    return {name: task.add(one[name], other[name]) for name, task in targets.items()}

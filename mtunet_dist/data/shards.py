@@ -1,8 +1,9 @@
 """Shards: plain tar files in the layout of WebDataset, with an index of byte spans for random access by mmap.
 
-A sample has three members: ``KEY.rgb.jpg`` (or ``.png``), ``KEY.label.npy`` and ``KEY.depth.npy`` (or ``.png``). The
-bytes depend only on the samples (fixed owner, mode and time), so a checksum identifies the data. A file has its name
-only when it is complete. The index also has a CRC-32 of each member, because JPEG and npy do not show a flipped bit.
+A sample has a member ``KEY.rgb.jpg`` (or ``.png``) and one for each target, such as ``KEY.label.npy`` (or ``.png``).
+The bytes depend only on the samples (fixed owner, mode and time), so a checksum identifies the data. A file has its
+name only when it is complete. The index also has a CRC-32 of each member, because JPEG and npy do not show a flipped
+bit.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import io
 import mmap
 import tarfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -26,40 +28,60 @@ TargetFormat = Literal["npy", "png"]
 Span = tuple[int, int]
 """Offset and size in bytes of a member's data in its shard. A part that stays in the source has 0 and its
 file's size."""
-_SUFFIX = {"jpeg": "jpg", "png": "png", "npy": "npy"}
 
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """A sample as its shard holds it: the encoded image, and its targets as arrays or encoded."""
+    """A sample as its shard holds it: for each part the end of its member's name, and its bytes."""
 
     key: str
-    rgb_format: RgbFormat
-    target_format: TargetFormat
-    rgb: bytes
-    label: bytes
-    depth: bytes
+    parts: dict[str, tuple[str, bytes]]  # "rgb", then the tasks -> such as "label.npy", bytes
 
 
 @dataclass
 class Index:
-    """The samples that the files hold, as columns of equal length. ``shard`` counts the shards of a split from 0."""
+    """The samples that the files hold, as columns of equal length. ``shard`` counts the shards of a split from 0.
+
+    ``spans`` and ``crc32`` have a column for each part: "rgb", then the tasks. A CRC of a part that is not stored is 0.
+    """
 
     keys: list[str] = field(default_factory=list)
     shard: list[int] = field(default_factory=list)
-    rgb: list[Span] = field(default_factory=list)
-    label: list[Span] = field(default_factory=list)
-    depth: list[Span] = field(default_factory=list)
-    crc32: list[tuple[int, int, int]] = field(default_factory=list)  # of RGB, label and depth; 0 for parts not stored
+    spans: dict[str, list[Span]] = field(default_factory=dict)
+    crc32: dict[str, list[int]] = field(default_factory=dict)
+
+    def append(self, key: str, shard: int, parts: Mapping[str, tuple[Span, int]]) -> None:
+        """Add a sample: for each part its span and its CRC."""
+        self.keys.append(key)
+        self.shard.append(shard)
+        for part, (span, crc) in parts.items():
+            self.spans.setdefault(part, []).append(span)
+            self.crc32.setdefault(part, []).append(crc)
 
     def extend(self, other: Index) -> None:
         """Append the samples of ``other``."""
         self.keys += other.keys
         self.shard += other.shard
-        self.rgb += other.rgb
-        self.label += other.label
-        self.depth += other.depth
-        self.crc32 += other.crc32
+        for part in other.spans:
+            self.spans.setdefault(part, []).extend(other.spans[part])
+            self.crc32.setdefault(part, []).extend(other.crc32[part])
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Index:
+        """Make it from the JSON of ``dataclasses.asdict``, or of a dataset in format 2. TypeError or KeyError for
+        others."""
+        if "rgb" in value:
+            old = {"rgb": "rgb", "segmentation": "label", "depth": "depth"}
+            spans = {part: value[name] for part, name in old.items()}
+            crc32 = {part: [crc[i] for crc in value["crc32"]] for i, part in enumerate(old)}
+            return cls(value["keys"], value["shard"], spans, crc32)
+        return cls(**value)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all columns have an entry for each sample."""
+        columns: list[list[Any]] = [self.shard, *self.spans.values(), *self.crc32.values()]
+        return all(len(column) == len(self.keys) for column in columns)
 
 
 def shard_name(split: str, number: int, *, listing: bool = False) -> str:
@@ -74,13 +96,10 @@ def write_shard(path: Path, number: int, samples: list[EncodedSample]) -> Index:
     def write(file: BinaryIO) -> None:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for sample in samples:
-                index.keys.append(sample.key)
-                index.shard.append(number)
-                index.rgb.append(_add(tar, f"{sample.key}.rgb.{_SUFFIX[sample.rgb_format]}", sample.rgb))
-                suffix = _SUFFIX[sample.target_format]
-                index.label.append(_add(tar, f"{sample.key}.label.{suffix}", sample.label))
-                index.depth.append(_add(tar, f"{sample.key}.depth.{suffix}", sample.depth))
-                index.crc32.append((zlib.crc32(sample.rgb), zlib.crc32(sample.label), zlib.crc32(sample.depth)))
+                spans = {}
+                for part, (member, data) in sample.parts.items():
+                    spans[part] = (_add(tar, f"{sample.key}.{member}", data), zlib.crc32(data))
+                index.append(sample.key, number, spans)
 
     write_atomically(path, write)
     return index

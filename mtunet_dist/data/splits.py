@@ -7,7 +7,9 @@ import io
 import json
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from mtunet_dist.data.info import DatasetInfo, ShardInfo, SplitInfo, Stored, ind
 from mtunet_dist.data.shards import Index, Shard
 from mtunet_dist.data.stamps import fingerprint, stamp, what_changed
 from mtunet_dist.errors import InputError
-from mtunet_dist.sources._images import PARTS, decode, resize
+from mtunet_dist.sources._images import RGB, decode, nearest, resize_rgb
 from mtunet_dist.sources._source import RawSample, Sample, Source
 from mtunet_dist.system.files import read_json
 
@@ -34,19 +36,21 @@ class Split(ABC):
 
     def __init__(self, root: Path, info: DatasetInfo, names: list[str]) -> None:
         self.root, self.info, self.names = root, info, names
+        self.targets = info.targets
+        self.parts = ("rgb", *self.targets)  # the order of the parts of a sample
         self.shards: list[ShardInfo] = []
         self.keys: list[str] = []
         shard_numbers, spans, crcs = [], [], []
         for name in names:
             index = _read_index(root / index_name(name), info.splits[name])
             shard_numbers.append(np.array(index.shard, dtype=np.int32) + len(self.shards))
-            spans.append(np.array([index.rgb, index.label, index.depth], dtype=np.int64))
+            spans.append([np.array(index.spans.get(part, []), dtype=np.int64).reshape(-1, 2) for part in self.parts])
             self.keys += index.keys
             self.shards += info.splits[name].shards
-            crcs.append(np.array(index.crc32, dtype=np.int64).reshape(-1, len(PARTS)))
+            crcs.append([np.array(index.crc32.get(part, []), dtype=np.int64) for part in self.parts])
         self._shard = np.concatenate(shard_numbers)  # (N,)
         self._spans = np.concatenate(spans, axis=1)  # (part, N, offset and size)
-        self._crc = np.concatenate(crcs)  # (N, part)
+        self._crc = np.concatenate(crcs, axis=1)  # (part, N)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -70,8 +74,7 @@ class Split(ABC):
         content = [
             [shard.sha256 for shard in self.shards],
             [self.info.height, self.info.width],
-            [c.name for c in self.info.classes],
-            [self.info.depth.kind, self.info.depth.unit, self.info.depth.scale],
+            *(task.identity() for task in self.targets.values()),
         ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -81,17 +84,17 @@ class ShardSplit(Split):
 
     def __init__(self, root: Path, info: DatasetInfo, names: list[str]) -> None:
         super().__init__(root, info, names)
-        self.encoded_targets = info.settings.target_format == "png"
-        size = (info.height, info.width)
-        self._headers = [npy_header(np.empty(size, dtype)) for dtype in (np.uint8, np.uint16)]
+        png = info.settings.target_format == "png"
+        self.encoded = {name: png and task.LOSSLESS for name, task in self.targets.items()}  # as images, not arrays
+        self._headers = {name: npy_header(task.blank(info.height, info.width)) for name, task in self.targets.items()}
         self._maps: dict[int, Shard] = {}
         self._checked = np.zeros(len(self), dtype=bool)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
 
-    def parts(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The encoded RGB, label and depth of sample ``i``: read-only uint8 views into the mapped shard.
+    def stored(self, i: int) -> dict[str, np.ndarray]:
+        """The encoded parts of sample ``i``: read-only uint8 views into the mapped shard.
 
         Raises InputError that names shard and key if they are damaged or missing. The checksums of a sample are
         compared when it is first read.
@@ -101,35 +104,36 @@ class ShardSplit(Split):
             if number not in self._maps:
                 self._maps[number] = Shard(self.root / self.shards[number].file)
             shard, spans = self._maps[number], self._spans[:, i].tolist()
-            rgb, label, depth = (shard.span(offset, offset + size) for offset, size in spans)
+            found = {part: shard.span(a, a + size) for part, (a, size) in zip(self.parts, spans, strict=True)}
         except InputError as error:
             raise InputError(f"sample {self.keys[i]}: {error}") from None
         if not self._checked[i]:
-            for part, data, crc in zip(PARTS, (rgb, label, depth), self._crc[i].tolist(), strict=True):
-                if zlib.crc32(data.data) != crc:
-                    raise InputError(f"{part} of {self.describe(i)} is damaged: its checksum differs")
+            for part, crc in zip(self.parts, self._crc[:, i].tolist(), strict=True):
+                if zlib.crc32(found[part].data) != crc:
+                    raise InputError(f"{self._what(part)} of {self.describe(i)} is damaged: its checksum differs")
             self._checked[i] = True
-        return rgb, label, depth
+        return found
 
-    def targets(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Label uint8 and depth uint16 (H, W) of sample ``i``, if they are stored as arrays: read-only views.
-
-        Raises InputError as ``parts``.
-        """
-        assert not self.encoded_targets
-        arrays = []
-        for data, header, dtype in zip(self.parts(i)[1:], self._headers, (np.uint8, np.uint16), strict=True):
-            assert data[: len(header)].tobytes() == header, self.describe(i)
-            arrays.append(data[len(header) :].view(dtype).reshape(self.info.height, self.info.width))
-        label, depth = arrays
-        return label, depth
+    def array(self, name: str, data: np.ndarray) -> np.ndarray:
+        """The target ``name`` from its part of ``stored``, if it is stored as an array: a read-only view."""
+        task, header = self.targets[name], self._headers[name]
+        assert data[: len(header)].tobytes() == header, name
+        return data[len(header) :].view(task.DTYPE).reshape(task.shape(self.info.height, self.info.width))
 
     def decode(self, i: int) -> RawSample:
         """Sample ``i`` decoded with PIL, in read-only arrays. Raises InputError that names shard and key."""
-        where = self.describe(i)
-        encoded = PARTS if self.encoded_targets else PARTS[:1]
-        images = [decode(x.tobytes(), p, f"{p} of {where}") for p, x in zip(encoded, self.parts(i), strict=False)]
-        return RawSample(*images) if self.encoded_targets else RawSample(images[0], *self.targets(i))
+        where, parts = self.describe(i), self.stored(i)
+        targets = {}
+        for name, task in self.targets.items():
+            if self.encoded[name]:
+                targets[name] = decode(parts[name].tobytes(), task.IMAGE, f"{task.part} of {where}")
+            else:
+                targets[name] = self.array(name, parts[name])
+        return RawSample(decode(parts["rgb"].tobytes(), RGB, f"rgb of {where}"), targets)
+
+    def _what(self, part: str) -> str:
+        """What people call a part."""
+        return part if part == "rgb" else self.targets[part].part
 
     def describe(self, i: int) -> str:
         """``KEY in SHARD``, for messages."""
@@ -158,8 +162,8 @@ class SourceSplit(Split):
             )
         self.samples = [found[sample] for sample in wanted]
         with ThreadPoolExecutor(16) as pool:  # threads hide the latency of network disks
-            for i, sizes in enumerate(pool.map(file_sizes, self.samples)):
-                if sizes != self._spans[:, i, 1].tolist():
+            for i, sizes in enumerate(pool.map(partial(file_sizes, parts=self.parts), self.samples)):
+                if sizes != dict(zip(self.parts, self._spans[:, i, 1].tolist(), strict=True)):
                     raise InputError(
                         f"{self.describe(i)}: its files have changed since it was prepared as {root}; prepare it again"
                     )
@@ -187,8 +191,9 @@ def make_split(root: Path, info: DatasetInfo, names: list[str]) -> Split:
 
 
 def resized(raw: RawSample, height: int, width: int) -> RawSample:
-    """``raw`` at the size (height, width)."""
-    return RawSample(*(resize(getattr(raw, part), part, height, width) for part in PARTS))
+    """``raw`` at the size (height, width): RGB with Lanczos, targets with the nearest pixel."""
+    targets = {name: nearest(target, height, width) for name, target in raw.targets.items()}
+    return RawSample(resize_rgb(raw.rgb, height, width), targets)
 
 
 def npy_header(array: np.ndarray) -> bytes:
@@ -201,26 +206,25 @@ def npy_header(array: np.ndarray) -> bytes:
 def pixels_sha256(sample: RawSample) -> str:
     """Checksum of the pixels of ``sample``, in hexadecimal."""
     digest = hashlib.sha256()
-    for pixels in (sample.rgb, sample.label, sample.depth):
+    for pixels in (sample.rgb, *sample.targets.values()):
         digest.update(np.ascontiguousarray(pixels).tobytes())
     return digest.hexdigest()
 
 
-def file_sizes(sample: Sample) -> list[int]:
-    """Bytes of the files of RGB, label and depth; 0 for a part that has no file of its own."""
-    files = [getattr(sample, part, None) for part in PARTS]
+def file_sizes(sample: Sample, parts: Sequence[str]) -> dict[str, int]:
+    """Bytes of the file of each part; 0 for a part that has no file of its own."""
+    files = {"rgb": getattr(sample, "rgb", None), **getattr(sample, "targets", {})}
     try:
-        return [file.stat().st_size if isinstance(file, Path) else 0 for file in files]
+        return {part: file.stat().st_size if (file := files.get(part)) else 0 for part in parts}
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
 
 def _read_index(path: Path, split: SplitInfo) -> Index:
     try:
-        index = Index(**read_json(path))
-    except TypeError as error:
+        index = Index.from_json(read_json(path))
+    except (TypeError, KeyError) as error:
         raise InputError(f"{path}: damaged: {error}") from None
-    columns = (index.keys, index.shard, index.rgb, index.label, index.depth, index.crc32)
-    if {len(column) for column in columns} != {split.count}:
+    if not index.is_whole or len(index.keys) != split.count:
         raise InputError(f"{path}: lists {len(index.keys)} samples instead of {split.count}")
     return index

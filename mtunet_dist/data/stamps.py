@@ -20,7 +20,8 @@ Stamp = list[Any]
 
 def files_of(sample: Sample) -> list[Path]:
     """The files that ``sample`` names."""
-    return [path for path in vars(sample).values() if isinstance(path, Path)]
+    values = [*vars(sample).values(), *getattr(sample, "targets", {}).values()]
+    return [path for path in values if isinstance(path, Path)]
 
 
 def stamp(sample: Sample) -> Stamp:
@@ -34,7 +35,7 @@ def stamp(sample: Sample) -> Stamp:
 
 def fingerprint(source: Source[Any], settings: Settings, stamps: Iterable[Stamp]) -> str:
     """A text that is equal if the same settings make the same samples from the same source files."""
-    meaning = [repr(source.classes), repr(source.depth), repr(source.stamp)]
+    meaning = [repr(source.targets), repr(source.stamp)]
     content = [FORMAT, dataclasses.asdict(settings), meaning, list(stamps)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

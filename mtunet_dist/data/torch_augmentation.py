@@ -1,53 +1,53 @@
 """Applies the draws of ``augmentation.py`` to a whole batch at once in torch, on the device of the batch.
 
-This file defines the arithmetic. Labels and depth take the pixel under the centre (torch's ``nearest-exact``, DALI's
+This file defines the arithmetic. Targets take the pixel under the centre (torch's ``nearest-exact``, DALI's
 ``INTERP_NN``). Images are interpolated linearly between pixel centres without antialiasing. The image is rounded once,
 after zoom and colours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mtunet_dist.data.augmentation import Draw
-from mtunet_dist.data.batch import Pixels
+from mtunet_dist.data.batch import Pixels, as_numbers
 from mtunet_dist.data.sending import send
+from mtunet_dist.tasks._task import Task
 
 
-def augmented(pixels: Pixels, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Tensor]:
-    """Image uint8 (N, H, W, 3), label uint8 (N, H, W) and depth float32 (N, H, W) in stored units.
+def augmented(pixels: Pixels, tasks: Mapping[str, Task], draws: Sequence[Draw]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Image uint8 (N, H, W, 3), and the target of each task as ``as_numbers`` gives it.
 
-    ``draws`` has one entry per sample, or is empty; if it is empty, only the type of depth changes. Overwrites
-    ``pixels``.
+    ``draws`` has one entry per sample, or is empty; if it is empty, only types change. Overwrites ``pixels``.
     """
-    image, label = pixels.image, pixels.label
-    depth = pixels.depth.view(torch.uint16).float()
+    image = pixels.image
+    targets = {name: as_numbers(pixels.targets[name], task) for name, task in tasks.items()}
     if not draws:
-        return image, label, depth
-    height, width = label.shape[1:]
+        return image, targets
+    height, width = image.shape[1:3]
     colors = draws[0].color is not None
     if colors:
         image = image.float()
     zoomed = [n for n, draw in enumerate(draws) if (draw.height, draw.width) != (height, width)]
     if zoomed:
-        where = send(np.array(zoomed), label.device)
+        where = send(np.array(zoomed), image.device)
         maps = _Maps([draws[n] for n in zoomed], height, width)
         zoomed_image = maps.linear(image.index_select(0, where))
         image.index_copy_(0, where, zoomed_image if colors else _rounded(zoomed_image))
-        label.index_copy_(0, where, maps.nearest(label.index_select(0, where)))
-        depth.index_copy_(0, where, maps.nearest(depth.index_select(0, where)))
+        for x in targets.values():
+            x.index_copy_(0, where, maps.nearest(x.index_select(0, where)))
     flipped = sorted({n for n, draw in enumerate(draws) if draw.flip}.difference(zoomed))  # zooming flips too
     if flipped:
-        where = send(np.array(flipped), label.device)
-        for x in (image, label, depth):
+        where = send(np.array(flipped), image.device)
+        for x in (image, *targets.values()):
             x.index_copy_(0, where, x.index_select(0, where).flip(2))
     if colors:
         image = _rounded(_recolored(image, draws))
-    return image, label, depth
+    return image, targets
 
 
 class _Maps:
@@ -59,15 +59,17 @@ class _Maps:
         self.columns.mirror(np.array([d.flip for d in draws]))
 
     def nearest(self, x: Tensor) -> Tensor:
-        """(n, H, W) -> (n, H, W)."""
-        return _columns(_rows(x, self.rows.nearest), self.columns.nearest)
+        """(n, H, W) or (n, H, W, planes), unchanged in shape."""
+        shape, planes = x.shape, x.shape[3] if x.dim() == 4 else 1
+        columns = _per_plane(self.columns.nearest, planes)
+        return _columns(_rows(x.reshape(*shape[:2], -1), self.rows.nearest), columns).view(shape)
 
     def linear(self, x: Tensor) -> Tensor:
         """(n, H, W, 3) -> float32 (n, H, W, 3)."""
         shape, x = x.shape, x.flatten(2)  # several times faster than with a last axis of 3
         low, high = (_rows(x, index).float() for index in (self.rows.low, self.rows.high))
         x = torch.lerp(low, high, send(self.rows.weight, x.device)[:, :, None])
-        low, high = (_columns(x, _per_channel(index)) for index in (self.columns.low, self.columns.high))
+        low, high = (_columns(x, _per_plane(index, 3)) for index in (self.columns.low, self.columns.high))
         return torch.lerp(low, high, send(self.columns.weight.repeat(3, axis=1), x.device)[:, None]).view(shape)
 
 
@@ -102,9 +104,9 @@ def _columns(x: Tensor, index: np.ndarray) -> Tensor:
     return x.gather(2, send(index, x.device)[:, None].expand(x.shape))
 
 
-def _per_channel(columns: np.ndarray) -> np.ndarray:
-    """Columns (n, W) of pixels as columns (n, 3 W) of interleaved levels."""
-    return (columns[:, :, None] * 3 + np.arange(3)).reshape(len(columns), -1)
+def _per_plane(columns: np.ndarray, planes: int) -> np.ndarray:
+    """Columns (n, W) of pixels as columns (n, planes * W) of interleaved numbers."""
+    return (columns[:, :, None] * planes + np.arange(planes)).reshape(len(columns), -1)
 
 
 def _recolored(image: Tensor, draws: Sequence[Draw]) -> Tensor:

@@ -19,27 +19,38 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mtunet_dist.core.step import Batch
 from mtunet_dist.data.augmentation import Augmentation
-from mtunet_dist.data.batch import Pixels, as_batch, depth_scales, draws_of
+from mtunet_dist.data.batch import Pixels, as_batch, as_stored, draws_of, factors_of
 from mtunet_dist.data.broken import BrokenSamples, OnError, stand_ins
 from mtunet_dist.data.order import Order, Plan
 from mtunet_dist.data.sending import send
 from mtunet_dist.data.splits import Split
 from mtunet_dist.data.torch_augmentation import augmented
 from mtunet_dist.errors import InputError, LostProcessError
-from mtunet_dist.schema import VOID
 from mtunet_dist.system.preemption import STOPPED_BY
 
 
 @dataclass(frozen=True)
 class Item:
-    """The arguments of ``as_batch``, and the reason for each sample that could not be decoded."""
+    """The arguments of ``as_batch``, and the reason for each sample that could not be decoded.
 
-    parts: tuple[Tensor, ...] | tuple[np.ndarray, ...]
+    ``parts`` has image, sample, target/TASK and factors/TASK.
+    """
+
+    parts: dict[str, Tensor] | dict[str, np.ndarray]
     broken: dict[int, str]
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> dict[str, Tensor]:
         """The parts as tensors."""
-        return tuple(map(torch.as_tensor, self.parts))
+        return {name: torch.as_tensor(x) for name, x in self.parts.items()}
+
+    def batch(self, device: torch.device) -> Batch:
+        """The batch on ``device``."""
+        sent = {name: send(x, device) for name, x in self.tensors().items()}
+        targets, factors = (
+            {name.removeprefix(kind): x for name, x in sent.items() if name.startswith(kind)}
+            for kind in ("target/", "factors/")
+        )
+        return as_batch(sent["image"], targets, factors, sent["sample"])
 
     def to_send(self) -> Item:
         """Prepare the parts for another process: in /dev/shm, or for a pipe if that has no room, as in many containers.
@@ -47,13 +58,13 @@ class Item:
         Without this, the queue loses a tensor that finds no room, and the receiver waits for ever.
         """
         try:
-            return Item(tuple(x.share_memory_() for x in self.tensors()), self.broken)
+            return Item({name: x.share_memory_() for name, x in self.tensors().items()}, self.broken)
         except RuntimeError:
-            return Item(tuple(x.numpy() for x in self.tensors()), self.broken)
+            return Item({name: x.numpy() for name, x in self.tensors().items()}, self.broken)
 
     def pin_memory(self) -> Item:
         """The ``DataLoader`` calls this for a GPU, so that copies to it are asynchronous."""
-        return Item(tuple(x.pin_memory() for x in self.tensors()), self.broken)
+        return Item({name: x.pin_memory() for name, x in self.tensors().items()}, self.broken)
 
 
 class TorchLoader:
@@ -105,7 +116,7 @@ class TorchLoader:
                 self.broken.add(position, why)
             if item.broken:
                 self.broken.count(self.order.plan(index).samples)
-            yield as_batch(*(send(x, self.device) for x in item.tensors()))
+            yield item.batch(self.device)
 
 
 @contextmanager
@@ -129,9 +140,9 @@ class _DecodedBatches(Dataset[Item]):
 
     def __getitem__(self, plan: Plan) -> Item:
         n, height, width = len(plan.samples), self.split.info.height, self.split.info.width
+        tasks = self.split.targets
         image = np.zeros((n, height, width, 3), dtype=np.uint8)
-        label = np.full((n, height, width), VOID, dtype=np.uint8)
-        depth = np.zeros((n, height, width), dtype=np.uint16)
+        targets = {name: np.stack([task.blank(height, width)] * n) for name, task in tasks.items()}
         broken: dict[int, str] = {}
         for row, i in enumerate(plan.samples.tolist()):
             try:
@@ -139,13 +150,17 @@ class _DecodedBatches(Dataset[Item]):
             except InputError as error:
                 broken[row] = str(error)
             else:
-                image[row], label[row], depth[row] = raw.rgb, raw.label, raw.depth
+                image[row] = raw.rgb
+                for name, target in targets.items():
+                    target[row] = raw.targets[name]
         if broken:
             image = image[stand_ins(np.arange(n), broken)]
         draws = draws_of(plan, self.augmentation)
-        pixels = Pixels(*map(torch.from_numpy, (image, label, depth.view(np.int16))))
-        scales = torch.from_numpy(depth_scales(plan, draws, self.split.info.depth.scale))
-        parts = (*augmented(pixels, draws), scales, torch.from_numpy(plan.samples.copy()))
+        pixels = Pixels(torch.from_numpy(image), {name: as_stored(target) for name, target in targets.items()})
+        changed, numbers = augmented(pixels, tasks, draws)
+        parts = {"image": changed, "sample": torch.from_numpy(plan.samples.copy())}
+        parts |= {f"target/{name}": target for name, target in numbers.items()}
+        parts |= {f"factors/{name}": torch.from_numpy(x) for name, x in factors_of(tasks, draws, n).items()}
         item = Item(parts, {int(plan.samples[row]): reason for row, reason in broken.items()})
         return item.to_send() if get_worker_info() else item
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mtunet_dist.metrics import higher_is_better
+from mtunet_dist.core.comparison import higher_is_better
 from mtunet_dist.reproduction.experiments import DATASETS, STAND_INS, SYSTEMS, Row
 from mtunet_dist.reproduction.published import THE_PAPER
 from mtunet_dist.reproduction.trainings import Training

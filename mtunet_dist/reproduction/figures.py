@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from mtunet_dist.core.step import Batch, Depth, MultiTaskStep, Segmentation, Task
+from mtunet_dist.core.step import Batch, MultiTaskStep
 from mtunet_dist.data.order import EvalOrder
 from mtunet_dist.data.splits import Split
 from mtunet_dist.data.torch_loader import TorchLoader
@@ -21,6 +21,7 @@ from mtunet_dist.reproduction.experiments import SYSTEMS
 from mtunet_dist.reproduction.trainings import Training
 from mtunet_dist.runs import checkpoint, pictures
 from mtunet_dist.runs.loading import load_step
+from mtunet_dist.tasks._colors import turbo
 
 SHOWN = 4  # samples
 MASKED = 2  # samples of which the masks of all blocks are shown
@@ -51,23 +52,8 @@ def qualitative(trainings: Sequence[Training], split: Split) -> np.ndarray:
         for task in step.tasks:
             of_task = {SYSTEMS[system].title: outputs[task.name][i] for system, outputs in predicted.items()}
             image = {"image": batch["image"][i].permute(1, 2, 0).numpy()}
-            rows.append(pictures.row(_enlarged(image | _tiles(task, batch[task.name][i], of_task))))
-    legends = [pictures.class_legend(t, rows[0].shape[1]) for t in step.tasks if isinstance(t, Segmentation)]
-    return np.concatenate([*rows, *legends])
-
-
-def _tiles(task: Task, target: Tensor, outputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """The truth, and the ``outputs`` (channels, H, W) by caption. All depths use the colour range of the truth."""
-    if isinstance(task, Segmentation):
-        palette = [c.color for c in task.classes]
-        labels = {"truth": target} | {name: output.argmax(0) for name, output in outputs.items()}
-        return {name: pictures.label_colors(label.numpy(), palette) for name, label in labels.items()}
-    assert isinstance(task, Depth)
-    truth = target[0].numpy()
-    low, high = np.percentile(truth[truth > 0], (2, 98)) if (truth > 0).any() else (1.0, 1.0)
-    depths = {f"truth {low:.3g}..{high:.3g} {task.info.unit}": truth}
-    depths |= {name: np.maximum(output[0].numpy(), 1e-6) for name, output in outputs.items()}
-    return {name: pictures.depth_colors(depth, low, high) for name, depth in depths.items()}
+            rows.append(pictures.row(_enlarged(image | task.tiles(batch[task.name][i], of_task))))
+    return np.concatenate([*rows, *pictures.legends(step.tasks, rows[0].shape[1])])
 
 
 @torch.no_grad()
@@ -120,7 +106,7 @@ def weights(trainings: Sequence[Training], split: Split) -> np.ndarray:
     share.set(ylim=(0, 1), xlabel="epochs done", title="depth's share of the loss weights")
     share.grid(alpha=0.3)
     share.legend(fontsize=8)
-    unit = "metres" if split.info.depth.unit == "metre" else "the unit of inverse depth"
+    unit = split.targets["depth"].unit_text
     figure.suptitle(f"{'+'.join(split.names)}; depth errors in {unit}", fontsize=10)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -161,7 +147,7 @@ def _mask_tile(name: str, mask: Tensor, size: Sequence[int]) -> dict[str, np.nda
     low, high = mean.min().item(), mean.max().item()
     stretched = (mean - low) / max(high - low, 1e-6)
     tile = F.interpolate(stretched[None, None], size=tuple(size), mode="nearest-exact")[0, 0]
-    return {f"{name}: {low:.2f}..{high:.2f}": pictures.turbo(tile.numpy())}
+    return {f"{name}: {low:.2f}..{high:.2f}": turbo(tile.numpy())}
 
 
 def _weights(runs: Sequence[Training], task: str) -> Points:

@@ -7,13 +7,12 @@ from pathlib import Path
 import torch
 
 from mtunet_dist import distributed
-from mtunet_dist.baselines import ConstantPredictor
-from mtunet_dist.core.step import make_tasks
 from mtunet_dist.data.order import EvalOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.data.torch_loader import TorchLoader
 from mtunet_dist.reproduction.experiments import DATASETS
 from mtunet_dist.reproduction.trainings import Training
+from mtunet_dist.runs.baselines import ConstantPredictor
 from mtunet_dist.runs.evaluation import eval_loader, evaluate
 from mtunet_dist.runs.loading import load_run, load_step
 from mtunet_dist.system.files import write_json
@@ -43,7 +42,7 @@ def constant_metrics(training: Training, split_name: str) -> dict[str, float]:
     key = [train.fingerprint, test.fingerprint, config.eval_batch_size]
     known = read_note(file)
     if known.get("of") != key or not isinstance(known.get("metrics"), dict):
-        tasks = make_tasks(config.tasks, dataset.info.classes, dataset.info.depth)
+        tasks = dataset.info.tasks(config.tasks)
         loader = TorchLoader(test, EvalOrder(len(test), batch_size=config.eval_batch_size), CPU)
         known = {"of": key, "metrics": evaluate(ConstantPredictor(tasks, train), loader, CPU).as_dict()["metrics"]}
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mtunet_dist.core.comparison import DELTA, delta_m, higher_is_better
 from mtunet_dist.data.info import DatasetInfo
-from mtunet_dist.metrics import DELTA, delta_m, higher_is_better
 from mtunet_dist.reproduction.experiments import DATASETS, STAND_INS, SYSTEMS, Row
 from mtunet_dist.reproduction.published import FIGURES, OTHERS, SIZE, THE_PAPER
 from mtunet_dist.reproduction.trainings import Training

@@ -219,7 +219,7 @@ def _open(name: str, setup: Setup) -> PreparedDataset:
         raise InputError(
             f"{known.title}: {error}, such as: {known.prepare} (and name another place by --{name})"
         ) from None
-    classes = len(dataset.info.classes)
+    classes = dataset.info.targets["segmentation"].channels
     if classes != known.classes:
         raise InputError(f"--{name}={setup.roots[name]} has {classes} classes instead of {known.classes}")
     splits = setup.splits(known)
@@ -232,7 +232,7 @@ def _check_network(config: Config, dataset: PreparedDataset) -> int:
     """Build the network without memory or arithmetic. Returns its number of parameters."""
     info = dataset.info
     with torch.device("meta"):
-        step = build_step(config, info.classes, info.depth)
+        step = build_step(config, info.tasks(config.tasks))
     check_model(step, info.height, info.width)
     return sum(p.numel() for p in step.model.parameters())
 

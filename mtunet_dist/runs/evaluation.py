@@ -12,12 +12,11 @@ from torch import Tensor
 
 from mtunet_dist import distributed
 from mtunet_dist.config import Config
-from mtunet_dist.core.step import Segmentation, Task
 from mtunet_dist.data.loader import Loader, make_loader
 from mtunet_dist.data.order import EvalOrder
 from mtunet_dist.data.splits import Split
 from mtunet_dist.errors import InputError
-from mtunet_dist.metrics import SegmentationMetric
+from mtunet_dist.tasks._task import Task
 
 
 class Predictor(Protocol):
@@ -70,17 +69,16 @@ def evaluate(
     class_iou: dict[str, float] = {}
     for task in predictor.tasks:
         metric = metrics[task.name]
-        figures |= metric.compute()
+        figures |= {task.full(key): value for key, value in metric.compute().items()}
         total, count = losses[task.name].tolist()
         figures[f"loss/{task.name}"] = total / max(count, 1.0)
-        if isinstance(task, Segmentation) and isinstance(metric, SegmentationMetric):
-            class_iou = dict(zip((c.name for c in task.classes), metric.iou_per_class(), strict=True))
+        class_iou |= {task.full(key): value for key, value in metric.per_class().items()}
     return Evaluation(int(samples), figures, class_iou)
 
 
 def metric_names(tasks: Sequence[Task]) -> list[str]:
     """The names of the metrics that ``evaluate`` returns for ``tasks``."""
-    return [n for t in tasks for n in (*t.metric(torch.device("cpu")).compute(), f"loss/{t.name}")]
+    return [name for task in tasks for name in (*map(task.full, task.METRICS), f"loss/{task.name}")]
 
 
 def eval_loader(config: Config, split: Split, device: torch.device) -> Loader:

@@ -18,7 +18,7 @@ from mtunet_dist.runs import checkpoint
 def load_step(state: checkpoint.State, config: Config, device: torch.device) -> MultiTaskStep:
     """The trained MultiTaskStep of a checkpoint, in evaluation mode on ``device``."""
     info = DatasetInfo.from_json(json.loads(state["dataset"]))
-    step = build_step(config, info.classes, info.depth)
+    step = build_step(config, info.tasks(config.tasks))
     step.load_state_dict(state["strategy"]["model"])
     return place(step, device, config.channels_last).eval()
 
@@ -31,10 +31,12 @@ def load_run(path: Path, overrides: Sequence[str]) -> tuple[checkpoint.State, Co
     return state, config_from_text(state["config"], overrides), file
 
 
-def check_same_meaning(dataset: DatasetInfo, state: checkpoint.State) -> None:
-    """Raise InputError if the classes or depth of a dataset differ from those that the checkpoint was trained on."""
+def check_same_meaning(dataset: DatasetInfo, state: checkpoint.State, tasks: Sequence[str]) -> None:
+    """Raise InputError if the targets of ``tasks`` in a dataset mean something else than those of the training."""
     trained = DatasetInfo.from_json(json.loads(state["dataset"]))
-    for what in ("classes", "depth"):
-        here, there = getattr(dataset, what), getattr(trained, what)
+    for here, there in zip(dataset.tasks(tasks), trained.tasks(tasks), strict=True):
         if here != there:
-            raise InputError(f"the dataset's {what} {here} are not those the checkpoint was trained on: {there}")
+            raise InputError(
+                f"the dataset's task '{here.name}' is {here.to_json()}, not what the checkpoint was trained on: "
+                f"{there.to_json()}"
+            )

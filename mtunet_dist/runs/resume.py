@@ -15,8 +15,8 @@ from torch import Tensor
 from mtunet_dist import distributed
 from mtunet_dist.config import Config, config_from_text, flat, save_config
 from mtunet_dist.config.typed_yaml import to_yaml
+from mtunet_dist.core.comparison import DELTA
 from mtunet_dist.errors import InputError, MTUNetError
-from mtunet_dist.metrics import DELTA
 from mtunet_dist.runs import checkpoint
 from mtunet_dist.runs import provenance as environments
 from mtunet_dist.runs.run import Run, build

@@ -14,6 +14,7 @@ import torch
 
 from mtunet_dist import distributed, plugins
 from mtunet_dist.config import CheckpointConfig, Config
+from mtunet_dist.core.comparison import DELTA
 from mtunet_dist.core.step import Batch, MultiTaskStep, build_step, check_model
 from mtunet_dist.core.sync_batchnorm import synchronise
 from mtunet_dist.data.loader import Loader, make_augmentation, make_loader
@@ -23,7 +24,6 @@ from mtunet_dist.data.splits import Split
 from mtunet_dist.data.targets import check_targets, unjudged
 from mtunet_dist.data.torch_loader import TorchLoader
 from mtunet_dist.errors import InputError, closest
-from mtunet_dist.metrics import DELTA
 from mtunet_dist.runs import checkpoint
 from mtunet_dist.runs.evaluation import eval_loader, metric_names
 from mtunet_dist.strategies._strategy import Strategy
@@ -111,7 +111,7 @@ def build(config: Config, device: torch.device) -> Run:
     )
     augmentation = make_augmentation(config.data.augment, info, config.seed)
     torch.manual_seed(config.seed)  # the same initial weights on every rank
-    step = build_step(config, info.classes, info.depth)
+    step = build_step(config, info.tasks(config.tasks))
     ranks = distributed.world_size()
     samples = config.batch_size // config.optim.accumulate // (1 if config.sync_batchnorm else ranks)
     check_model(step, info.height, info.width, samples)

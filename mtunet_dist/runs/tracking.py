@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -38,7 +38,7 @@ class StepReport:
 
 class Tracker:
     """Reports of one process that trains to ``total_steps``; ``start_step`` steps were done before. Silent except on
-    rank 0.
+    rank 0. ``shown`` are the metrics that an evaluation prints.
 
     A resumed run removes from metrics.jsonl and TensorBoard the steps beyond ``start_step``, and with
     ``evaluation_due`` also the evaluation after it, because they will come again. If the disk is full or read-only, it
@@ -54,10 +54,12 @@ class Tracker:
         total_steps: int,
         steps_per_epoch: int,
         batch_size: int,
+        shown: Sequence[str] = (),
         evaluation_due: bool = False,
         on_write_error: str = "stop",
     ) -> None:
         self.main = distributed.is_main()
+        self.shown = shown
         self.on_write_error = on_write_error
         self.error: MTUNetError | None = None
         self.start_step, self.total_steps = start_step, total_steps
@@ -129,7 +131,7 @@ class Tracker:
         if not self.main:
             return
         self._scalars("eval", done, {**metrics, **{f"iou/{name}": value for name, value in class_iou.items()}})
-        shown = [f"{k} {metrics[k]:.4f}" for k in ("miou", "accuracy", "depth_abs", "depth_rel") if k in metrics]
+        shown = [f"{k} {metrics[k]:.4f}" for k in self.shown if k in metrics]
         self.say(f"{self._epoch(done - 1)}  evaluation: {'  '.join(shown)}")
 
     def picture(self, done: int, sheet: np.ndarray) -> None:

@@ -1,21 +1,35 @@
-"""Conversions for sources that hold numbers rather than images."""
+"""Arrays of numbers in npy files."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from mtunet_dist.errors import InputError
 
-_LARGEST = 65535
+
+def map_numbers(path: Path) -> np.ndarray:
+    """The array in an npy file. Only its header is read at once. Raises InputError as ``load_numbers``."""
+    return _numbers(path, lambda: np.lib.format.open_memmap(path, mode="r"))
 
 
-def stored_depth(depth: np.ndarray, scale: float, name: str) -> np.ndarray:
-    """Depth in its unit, 0 where invalid -> uint16 in steps of ``scale``, rounded.
+def load_numbers(path: Path) -> np.ndarray:
+    """The array in an npy file, read whole: if a mapped file is cut short, SIGBUS ends the process without a message.
 
-    Raises InputError that starts with ``name`` for NaN and for what is outside of 0 to 65535 steps.
+    Raises InputError that names the file if it is not a complete npy file of numbers.
     """
-    steps = np.rint(depth.astype(np.float64) / scale)
-    wrong = ~((steps >= 0) & (steps <= _LARGEST))
-    if wrong.any():
-        raise InputError(f"{name}: depth {depth[wrong][0]:g} is not one of 0..{_LARGEST * scale:g}")
-    return steps.astype(np.uint16)
+    return _numbers(path, lambda: np.load(path, allow_pickle=False))
+
+
+def _numbers(path: Path, read: Callable[[], np.ndarray]) -> np.ndarray:
+    try:
+        array = read()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path}: not a complete npy file of numbers: {error}") from None
+    if array.dtype.kind not in "iuf":
+        raise InputError(f"{path}: holds {array.dtype}; expected numbers")
+    return array

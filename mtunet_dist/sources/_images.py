@@ -20,17 +20,13 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from mtunet_dist.errors import InputError
-from mtunet_dist.schema import VOID
+from mtunet_dist.sources._arrays import load_numbers, map_numbers
 from mtunet_dist.sources._source import RawSample, SampleFiles
 from mtunet_dist.system.files import read_bytes
+from mtunet_dist.tasks._task import ImageFormat, Task
+from mtunet_dist.tasks.segmentation import VOID
 
-Part = Literal["rgb", "label", "depth"]
-PARTS: tuple[Part, ...] = ("rgb", "label", "depth")
-FORMATS: dict[Part, tuple[str, ...]] = {
-    "rgb": ("8-bit RGB PNG", "RGB JPEG"),
-    "label": ("8-bit gray PNG",),
-    "depth": ("16-bit gray PNG",),
-}
+RGB = ImageFormat("rgb", ("8-bit RGB PNG", "RGB JPEG"), np.uint8)
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_COLORS = {0: "gray", 2: "RGB", 3: "palette", 4: "gray+alpha", 6: "RGBA"}
 # The pixels that a PNG holds in each pass: first column and row, and steps.
@@ -39,17 +35,17 @@ _WHOLE = ((0, 0, 1, 1),)
 _PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
-def decode(data: bytes, part: Part, name: str) -> np.ndarray:
-    """The pixels of an encoded image, upright: uint8 (H, W, 3), uint8 (H, W) or uint16 (H, W).
+def decode(data: bytes, expected: ImageFormat, name: str) -> np.ndarray:
+    """The pixels of an encoded image, upright: (H, W, 3) for RGB, else (H, W).
 
-    Raises InputError that starts with ``name`` for corrupt data and for formats other than ``FORMATS[part]``.
+    Raises InputError that starts with ``name`` for corrupt data and for formats other than the ``expected``.
     """
-    _header(io.BytesIO(data), part, name)
+    _header(io.BytesIO(data), expected, name)
     try:
         # verify() checks the checksums that decoding skips. The image object cannot be used after it.
         Image.open(io.BytesIO(data)).verify()
         image = Image.open(io.BytesIO(data))
-        pixels = np.asarray(image).astype(np.uint16 if part == "depth" else np.uint8, copy=False)
+        pixels = np.asarray(image).astype(expected.dtype, copy=False)
         if image.format == "PNG":
             _check_rows(data, pixels)
         return _upright(pixels, _orientation(image))
@@ -64,44 +60,40 @@ def encode(pixels: np.ndarray, file_format: Literal["PNG", "JPEG"], **options: i
     return file.getvalue()
 
 
-def read_images(sample: SampleFiles, table: np.ndarray, hint: str = "") -> RawSample:
-    """Read the files of ``sample``: labels through ``table`` (see ``id_table``), depth as stored.
+def read_images(
+    sample: SampleFiles, targets: Mapping[str, Task], tables: Mapping[str, np.ndarray] | None = None, hint: str = ""
+) -> RawSample:
+    """Read the files of ``sample``. Labels go through the table of their task (see ``id_table``).
 
-    A missing part becomes all VOID or all 0. Raises InputError that names the file, or the sample and its sizes.
-    ``hint`` ends the message about a label value that is not in the table.
+    A missing target is blank. Raises InputError that names the file, or the sample and its sizes. ``hint`` ends the
+    message about a label value that is not in the table.
     """
-    images = _decoded(sample)
-    _check_sizes(sample.key, {part: image.shape[:2] for part, image in images.items()})
-    shape = images["rgb"].shape[:2]
-    if "label" in images:
-        label = to_classes(images["label"], table, sample.label, hint)
-    else:
-        label = np.full(shape, VOID, dtype=np.uint8)
-    depth = images.get("depth", np.zeros(shape, dtype=np.uint16))
-    return RawSample(images["rgb"], label, depth)
+    rgb, found = _decoded(sample, targets)
+    height, width = rgb.shape[:2]
+    for name, table in (tables or {}).items():
+        if name in found:
+            found[name] = to_classes(found[name], table, sample.targets[name], hint)
+    return RawSample(rgb, {name: found.get(name, task.blank(height, width)) for name, task in targets.items()})
 
 
-def check_headers(sample: SampleFiles) -> None:
+def check_headers(sample: SampleFiles, targets: Mapping[str, Task]) -> None:
     """Check format and size of a sample's files without decoding them. Raises InputError as ``read_images``."""
-    sizes: dict[str, tuple[int, ...]] = {}
-    for part, path in _paths(sample).items():
-        try:
-            with path.open("rb") as file:
-                sizes[part] = _header(file, part, str(path))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    sizes = {"rgb": _size_of(sample.rgb, RGB)}
+    for name, path in sample.targets.items():
+        sizes[targets[name].part] = _size_of(path, targets[name].IMAGE)
     if len(set(sizes.values())) > 1:  # a PNG may have its EXIF orientation at any place in the file
-        sizes = {part: image.shape[:2] for part, image in _decoded(sample).items()}
-    _check_sizes(sample.key, sizes)
+        _decoded(sample, targets)
 
 
-def resize(pixels: np.ndarray, part: Part, height: int, width: int) -> np.ndarray:
-    """Resize to (height, width): RGB with Lanczos over all source pixels that it covers (antialiased), the rest
-    nearest."""
-    if part == "rgb":
-        return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
-    rows, columns = _nearest(pixels.shape[0], height), _nearest(pixels.shape[1], width)
-    return pixels.take(rows, axis=0).take(columns, axis=1)
+def resize_rgb(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize with Lanczos over all source pixels that a new pixel covers (antialiased)."""
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
+
+
+def nearest(target: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize by taking the pixel under the centre of each new pixel."""
+    rows, columns = _nearest(target.shape[0], height), _nearest(target.shape[1], width)
+    return target.take(rows, axis=0).take(columns, axis=1)
 
 
 def id_table(classes: Mapping[int, int], void: Iterable[int] = (), size: int = 256) -> np.ndarray:
@@ -129,13 +121,31 @@ def _nearest(size: int, new_size: int) -> np.ndarray:
     return (2 * np.arange(new_size) + 1) * size // (2 * new_size)
 
 
-def _paths(sample: SampleFiles) -> dict[Part, Path]:
-    paths: dict[Part, Path | None] = {"rgb": sample.rgb, "label": sample.label, "depth": sample.depth}
-    return {part: path for part, path in paths.items() if path is not None}
+def _decoded(sample: SampleFiles, targets: Mapping[str, Task]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """RGB, and the targets that the sample has, with a check that all have the same size."""
+    rgb = decode(read_bytes(sample.rgb), RGB, str(sample.rgb))
+    found = {name: _target(path, targets[name]) for name, path in sample.targets.items()}
+    sizes = {"rgb": rgb.shape[:2]} | {targets[name].part: target.shape[:2] for name, target in found.items()}
+    _check_sizes(sample.key, sizes)
+    return rgb, found
 
 
-def _decoded(sample: SampleFiles) -> dict[Part, np.ndarray]:
-    return {part: decode(read_bytes(path), part, str(path)) for part, path in _paths(sample).items()}
+def _target(path: Path, task: Task) -> np.ndarray:
+    """The stored target of a file: an image, or an array in an npy file."""
+    if path.suffix == ".npy":
+        return task.from_numbers(load_numbers(path), str(path))
+    return task.from_image(decode(read_bytes(path), task.IMAGE, str(path)), str(path))
+
+
+def _size_of(path: Path, expected: ImageFormat) -> tuple[int, ...]:
+    """(H, W) from the header of a file."""
+    if path.suffix == ".npy":
+        return map_numbers(path).shape[:2]
+    try:
+        with path.open("rb") as file:
+            return _header(file, expected, str(path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _orientation(image: Image.Image) -> int:
@@ -156,9 +166,8 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def _header(file: BinaryIO, part: Part, name: str) -> tuple[int, int]:
-    """(H, W) from the file's header, after a check that the format is right for ``part``; for a JPEG of the upright
-    image."""
+def _header(file: BinaryIO, expected: ImageFormat, name: str) -> tuple[int, int]:
+    """(H, W) from the file's header, after a check of the format; for a JPEG of the upright image."""
     start = file.read(26)
     if start.startswith(_PNG) and start[12:16] == b"IHDR" and len(start) == 26:
         # PIL reads 16-bit RGB as 8-bit and cannot tell the difference, so the header is read here.
@@ -172,11 +181,11 @@ def _header(file: BinaryIO, part: Part, name: str) -> tuple[int, int]:
         except Image.DecompressionBombError as error:
             raise InputError(f"{name}: {error}") from None
         except _PIL_ERRORS:
-            raise InputError(f"{name}: not an image; expected {_expected(part)}") from None
+            raise InputError(f"{name}: not an image; expected {_expected(expected)}") from None
         width, height = image.size[::-1] if turned else image.size
         found = f"{'gray' if image.mode == 'L' else image.mode} {image.format}"
-    if found not in FORMATS[part]:
-        raise InputError(f"{name}: {found}; expected {_expected(part)}")
+    if found not in expected.names:
+        raise InputError(f"{name}: {found}; expected {_expected(expected)}")
     return height, width
 
 
@@ -205,8 +214,8 @@ def _chunks(png: bytes, wanted: bytes) -> Iterator[bytes]:
         at += 12 + size
 
 
-def _expected(part: Part) -> str:
-    return f"{' or '.join(FORMATS[part])} for {part}"
+def _expected(expected: ImageFormat) -> str:
+    return f"{' or '.join(expected.names)} for {expected.what}"
 
 
 def _check_sizes(key: str, sizes: Mapping[str, tuple[int, ...]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 
-from mtunet_dist.schema import ClassInfo
+from mtunet_dist.tasks.segmentation import ClassInfo
 
 COUNT = 1449  # labelled images
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
 
 from mtunet_dist.errors import InputError
-from mtunet_dist.schema import ClassInfo, DepthInfo
 from mtunet_dist.system.files import entries
+from mtunet_dist.tasks._task import Task
 
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # names that tar headers and WebDataset's "key.part.ext" can hold
 
@@ -30,35 +30,29 @@ S = TypeVar("S", bound=Sample)
 
 @dataclass(frozen=True)
 class SampleFiles:
-    """A sample whose parts are separate files. A missing part is None."""
+    """A sample whose parts are separate files. ``targets`` has a file for each task that it has a target for."""
 
     key: str
     rgb: Path
-    label: Path | None = None
-    depth: Path | None = None
+    targets: dict[str, Path] = field(default_factory=dict)
     camera: Path | None = None
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """A decoded sample: ``rgb`` uint8 (H, W, 3), ``label`` uint8 (H, W) with VOID, ``depth`` uint16 (H, W) with 0
-    invalid."""
+    """A decoded sample: ``rgb`` uint8 (H, W, 3), and the stored target of each task (see ``Task``), blank if the sample
+    has none."""
 
     rgb: np.ndarray
-    label: np.ndarray
-    depth: np.ndarray
+    targets: dict[str, np.ndarray]
 
 
 class Source(Protocol[S]):
     """A published dataset. Must be picklable: samples are read in worker processes."""
 
     @property
-    def classes(self) -> tuple[ClassInfo, ...]:
-        """The classes, in the order of their indices."""
-
-    @property
-    def depth(self) -> DepthInfo:
-        """The meaning of the ``depth`` of a ``RawSample``."""
+    def targets(self) -> dict[str, Task]:
+        """The tasks that the samples have targets for, by name."""
 
     @property
     def stamp(self) -> object:
@@ -75,8 +69,7 @@ class Source(Protocol[S]):
     def read(self, sample: S) -> RawSample:
         """Decode and convert one sample. InputError names a file that is not valid.
 
-        A sample without label has VOID everywhere, one without depth has 0 everywhere. It does not count in that task's
-        loss.
+        A sample without a target gets a blank one. It does not count in that task's loss.
         """
 
 
@@ -95,20 +88,24 @@ def list_images(folder: Path, suffixes: Sequence[str] = (".png", ".jpg", ".jpeg"
     return images
 
 
-def match(parts: Mapping[str, Mapping[str, Path]], optional: Collection[str] = ()) -> list[SampleFiles]:
-    """Join the files of each part (a field of ``SampleFiles`` -> key -> path) into samples sorted by key.
+def match(
+    rgb: Mapping[str, Path], targets: Mapping[str, tuple[str, Mapping[str, Path]]], *, optional: bool = False
+) -> list[SampleFiles]:
+    """Join the files (key -> path) of RGB and of each task into samples sorted by key. ``targets`` has for each task
+    what its files are called, such as "label", and the files.
 
-    Raises InputError for a file whose partner file is missing (unless its part is ``optional``), and for a file whose
-    name cannot be a key. The message names the file.
+    Raises InputError for a file whose partner file is missing (a target may be if they are ``optional``), and for a
+    file whose name cannot be a key. The message names the file.
     """
     samples = []
-    for key in sorted(set().union(*parts.values())):
-        found = {part: files[key] for part, files in parts.items() if key in files}
-        path = next(iter(found.values()))
-        missing = [part for part in parts if part not in found and part not in optional]
+    for key in sorted(set(rgb).union(*(files for _, files in targets.values()))):
+        found = {task: files[key] for task, (_, files) in targets.items() if key in files}
+        path = rgb[key] if key in rgb else next(iter(found.values()))
+        missing = ["rgb"] if key not in rgb else []
+        missing += [what for task, (what, _) in targets.items() if task not in found and not optional]
         if missing:
             raise InputError(f"{path} has no {' and no '.join(missing)} file beside it")
         if not KEY.fullmatch(key):
             raise InputError(f"{path}: the name may have at most 80 letters, digits, '_' and '-' before the suffix")
-        samples.append(SampleFiles(key, **found))
+        samples.append(SampleFiles(key, rgb[key], found))
     return samples

@@ -14,15 +14,17 @@ from typing import Literal
 import numpy as np
 
 from mtunet_dist.errors import InputError
-from mtunet_dist.schema import ClassInfo, DepthInfo
 from mtunet_dist.sources._images import check_headers, id_table, read_images
 from mtunet_dist.sources._source import RawSample, SampleFiles, match
+from mtunet_dist.tasks._task import Task
+from mtunet_dist.tasks.depth import Depth
+from mtunet_dist.tasks.segmentation import ClassInfo, Segmentation
 
 LABEL_IDS = (*range(34), 255)  # 255: -1, the license plate, where a tool wrote it into 8 bits
 METRES = 1 / 256  # unit of stored metric depth, as in KITTI's depth PNGs
 FILES = {  # part -> folder and end of the file names
     "rgb": ("leftImg8bit", "_leftImg8bit.png"),
-    "label": ("gtFine", "_gtFine_labelIds.png"),
+    "segmentation": ("gtFine", "_gtFine_labelIds.png"),
     "depth": ("disparity", "_disparity.png"),
     "camera": ("camera", "_camera.json"),
 }
@@ -96,7 +98,6 @@ class Cityscapes:
             the synthetic tree are real.
     """
 
-    check = staticmethod(check_headers)
     stamp = None
 
     def __init__(
@@ -111,10 +112,13 @@ class Cityscapes:
         self.root = root
         self._names = ("train", "val", "test") if test else ("train", "val")
         ids = class_set(classes)
-        self.classes = tuple(ids)
+        self.inverse = depth == "inverse"
+        self.targets: dict[str, Task] = {
+            "segmentation": Segmentation("segmentation", tuple(ids)),
+            "depth": Depth.inverse_depth(1 / 65536) if self.inverse else Depth.metric_depth(METRES),
+        }
         mapping = {i: index for index, c in enumerate(ids) for i in ids[c] if unevaluated == "keep" or i in EVALUATED}
         self._table = id_table(mapping, void=set(LABEL_IDS) - set(mapping))
-        self.depth = DepthInfo("metric", "metre", METRES) if depth == "metric" else DepthInfo("inverse", "1", 1 / 65536)
 
     def splits(self) -> dict[str, list[SampleFiles]]:
         """See ``Source.splits``."""
@@ -123,19 +127,25 @@ class Cityscapes:
             raise InputError(f"folder {self.root / 'leftImg8bit'} has no {' or '.join(self._names)} folder")
         return {name: self._samples(name) for name in names}
 
+    def check(self, sample: SampleFiles) -> None:
+        """See ``Source.check``."""
+        check_headers(sample, self.targets)
+
     def read(self, sample: SampleFiles) -> RawSample:
         """See ``Source.read``."""
-        raw = read_images(sample, self._table)
-        if self.depth.kind == "inverse":
-            depth = np.maximum(raw.depth, 1) - np.uint16(1)
+        raw = read_images(sample, self.targets, {"segmentation": self._table})
+        disparity = raw.targets["depth"]
+        if self.inverse:
+            depth = np.maximum(disparity, 1) - np.uint16(1)
         else:
             assert sample.camera is not None
-            depth = _metric(raw.depth, *_baseline_and_fx(sample.camera))
-        return dataclasses.replace(raw, depth=depth)
+            depth = _metric(disparity, *_baseline_and_fx(sample.camera))
+        return RawSample(raw.rgb, {**raw.targets, "depth": depth})
 
     def _samples(self, split: str) -> list[SampleFiles]:
-        samples = match({part: self._files(part, split) for part in ("rgb", "label", "depth")})
-        if self.depth.kind == "inverse":
+        targets = {name: (task.part, self._files(name, split)) for name, task in self.targets.items()}
+        samples = match(self._files("rgb", split), targets)
+        if self.inverse:
             return samples
         cameras = self._files("camera", split)
         for sample in samples:

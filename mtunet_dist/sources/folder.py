@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from mtunet_dist.errors import InputError, closest
-from mtunet_dist.schema import ClassInfo, DepthInfo, class_problem
 from mtunet_dist.sources._images import check_headers, id_table, read_images
 from mtunet_dist.sources._source import KEY, RawSample, SampleFiles, list_images, match
 from mtunet_dist.system.files import entries, read_yaml
+from mtunet_dist.tasks._task import Task
+from mtunet_dist.tasks.depth import Depth
+from mtunet_dist.tasks.segmentation import ClassInfo, Segmentation, class_problem
 
-PARTS = ("rgb", "label", "depth")
+TASKS = {"segmentation": "label", "depth": "depth"}  # task -> folder
 DESCRIPTION = "dataset.yaml"
 
 
@@ -37,40 +39,45 @@ class Folder:
         allow_unlabelled: take RGB files that have neither label nor depth.
     """
 
-    check = staticmethod(check_headers)
-
     def __init__(self, root: Path, *, allow_unlabelled: bool = False) -> None:
         self.root, self.allow_unlabelled = root, allow_unlabelled
         path = root / DESCRIPTION
         description = self.stamp = _read_description(path)
-        self.classes = _classes(description.classes, path)
+        classes = _classes(description.classes, path)
+        self.targets: dict[str, Task] = {"segmentation": Segmentation("segmentation", classes)}
         self._table = id_table(_class_ids(description, path), description.void_ids)
         if description.depth_kind == "metric":
-            self.depth = DepthInfo("metric", "metre", description.depth_scale)
+            self.targets["depth"] = Depth.metric_depth(description.depth_scale)
         else:
-            self.depth = DepthInfo("inverse", "1", description.depth_scale)
+            self.targets["depth"] = Depth.inverse_depth(description.depth_scale)
 
     def splits(self) -> dict[str, list[SampleFiles]]:
         """See ``Source.splits``."""
         folders = [path for path in entries(self.root) if path.is_dir() and not path.name.startswith(".")]
         if not folders:
-            raise InputError(f"{self.root} has no split folder, such as train with {', '.join(PARTS)} in it")
+            raise InputError(
+                f"{self.root} has no split folder, such as train with {', '.join(('rgb', *TASKS.values()))} in it"
+            )
         for folder in folders:
             if not KEY.fullmatch(folder.name):
                 raise InputError(f"{folder}: the name of a split may have letters, digits, '_' and '-' only")
         return {folder.name: self._samples(folder) for folder in folders}
 
+    def check(self, sample: SampleFiles) -> None:
+        """See ``Source.check``."""
+        check_headers(sample, self.targets)
+
     def read(self, sample: SampleFiles) -> RawSample:
         """See ``Source.read``."""
-        return read_images(
-            sample, self._table, f"; see classes, label_offset and void_ids in {self.root / DESCRIPTION}"
-        )
+        hint = f"; see classes, label_offset and void_ids in {self.root / DESCRIPTION}"
+        return read_images(sample, self.targets, {"segmentation": self._table}, hint)
 
     def _samples(self, folder: Path) -> list[SampleFiles]:
-        samples = match({part: _list(folder / part) for part in PARTS}, optional=("label", "depth"))
+        targets = {name: (task.part, _list(folder / TASKS[name])) for name, task in self.targets.items()}
+        samples = match(_list(folder / "rgb"), targets, optional=True)
         if not self.allow_unlabelled:
             for sample in samples:
-                if sample.label is None and sample.depth is None:
+                if not sample.targets:
                     hint = "give it one, or allow such files with allow_unlabelled=true"
                     raise InputError(f"{sample.rgb} has no label and no depth file beside it; {hint}")
         return samples
@@ -88,7 +95,9 @@ def _list(folder: Path) -> dict[str, Path]:
     """The images of a part. Empty if the part is optional and its folder is missing (a misspelt name is an error)."""
     if folder.is_dir() or folder.name == "rgb":
         return list_images(folder)
-    others = [path.name for path in entries(folder.parent) if path.is_dir() and path.name not in PARTS]
+    others = [
+        path.name for path in entries(folder.parent) if path.is_dir() and path.name not in ("rgb", *TASKS.values())
+    ]
     hint = closest(folder.name, others)
     if hint:
         raise InputError(f"folder {folder} does not exist.{hint}")

@@ -5,20 +5,23 @@ Much later work trains on them. They contain NYUv2 at 288x384, and Cityscapes at
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from mtunet_dist.errors import InputError
-from mtunet_dist.schema import VOID, ClassInfo, DepthInfo
-from mtunet_dist.sources._arrays import stored_depth
+from mtunet_dist.sources._arrays import load_numbers, map_numbers
 from mtunet_dist.sources._source import RawSample, SampleFiles, match
 from mtunet_dist.sources.cityscapes import class_set
 from mtunet_dist.sources.nyuv2 import CLASSES
+from mtunet_dist.tasks._task import Task
+from mtunet_dist.tasks.depth import Depth
+from mtunet_dist.tasks.segmentation import Segmentation
 
 CITYSCAPES: dict[str, Literal[2, 7, 19]] = {"label_2": 2, "label_7": 7, "label_19": 19}
+PLANES: dict[str, tuple[int, ...]] = {"segmentation": (), "depth": (1,)}  # the axes after height and width
 ROUNDING = 1e-3  # resizing in float may exceed 1 by this
 
 
@@ -39,33 +42,34 @@ class MTAN:
 
     def __init__(self, root: Path, *, labels: Literal["label", "label_2", "label_7", "label_19"] = "label") -> None:
         self.root, self.labels = root, labels
-        self.classes: tuple[ClassInfo, ...]
+        self.targets: dict[str, Task]
         if labels == "label":
-            self.classes, self.depth = CLASSES, DepthInfo("metric", "metre", 0.001)
+            self.targets = {"segmentation": Segmentation("segmentation", CLASSES), "depth": Depth.metric_depth(0.001)}
         else:
-            self.classes, self.depth = tuple(class_set(CITYSCAPES[labels])), DepthInfo("inverse", "1", 1 / 65536)
+            classes = tuple(class_set(CITYSCAPES[labels]))
+            self.targets = {
+                "segmentation": Segmentation("segmentation", classes),
+                "depth": Depth.inverse_depth(1 / 65536),
+            }
 
     def splits(self) -> dict[str, list[SampleFiles]]:
         """See ``Source.splits``."""
-        folders = {"rgb": "image", "label": self.labels, "depth": "depth"}
-        return {
-            split: match({part: _list(self.root / split / folder) for part, folder in folders.items()})
-            for split in ("train", "val")
-        }
+        folders = {"segmentation": self.labels, "depth": "depth"}
+        found = {}
+        for split in ("train", "val"):
+            parts = {task: (self.targets[task].part, _list(self.root / split / f)) for task, f in folders.items()}
+            found[split] = match(_list(self.root / split / "image"), parts)
+        return found
 
     def check(self, sample: SampleFiles) -> None:
         """See ``Source.check``."""
-        _arrays(sample, _mapped)
+        _arrays(sample, self.targets, map_numbers)
 
     def read(self, sample: SampleFiles) -> RawSample:
         """See ``Source.read``."""
-        # Read, not mapped: if a mapped file is cut short, SIGBUS ends the process without a message.
-        image, label, depth = _arrays(sample, _loaded)
-        return RawSample(
-            _rgb(image, f"{sample.rgb}"),
-            _classes(label, len(self.classes), f"{sample.label}"),
-            stored_depth(depth[:, :, 0], self.depth.scale, f"{sample.depth}"),
-        )
+        image, arrays = _arrays(sample, self.targets, load_numbers)
+        stored = {n: self.targets[n].from_numbers(array, f"{sample.targets[n]}") for n, array in arrays.items()}
+        return RawSample(_rgb(image, f"{sample.rgb}"), stored)
 
 
 def _list(folder: Path) -> dict[str, Path]:
@@ -82,39 +86,21 @@ def _list(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _arrays(sample: SampleFiles, get: Callable[[Path], np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image, label and depth from ``get``, with a check of their shapes."""
-    assert sample.label is not None and sample.depth is not None
-    image, label, depth = (get(path) for path in (sample.rgb, sample.label, sample.depth))
+def _arrays(
+    sample: SampleFiles, targets: Mapping[str, Task], get: Callable[[Path], np.ndarray]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Image and targets from ``get``, with a check of their shapes."""
+    image = get(sample.rgb)
     if image.ndim != 3 or image.shape[2] != 3:
         raise InputError(f"{sample.rgb}: shape {image.shape}; expected (H, W, 3)")
-    height, width = image.shape[:2]
-    if label.shape != (height, width):
-        raise InputError(f"{sample.label}: shape {label.shape}; expected {(height, width)} as its image")
-    if depth.shape != (height, width, 1):
-        raise InputError(f"{sample.depth}: shape {depth.shape}; expected {(height, width, 1)} as its image")
-    return image, label, depth
-
-
-def _mapped(path: Path) -> np.ndarray:
-    """Read only the header."""
-    return _numbers(path, lambda: np.lib.format.open_memmap(path, mode="r"))
-
-
-def _loaded(path: Path) -> np.ndarray:
-    return _numbers(path, lambda: np.load(path, allow_pickle=False))
-
-
-def _numbers(path: Path, read: Callable[[], np.ndarray]) -> np.ndarray:
-    try:
-        array = read()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a complete npy file of numbers: {error}") from None
-    if array.dtype.kind not in "iuf":
-        raise InputError(f"{path}: holds {array.dtype}; expected numbers")
-    return array
+    found = {}
+    for name, path in sample.targets.items():
+        array, planes = get(path), PLANES[targets[name].KIND]
+        expected = (*image.shape[:2], *planes)
+        if array.shape != expected:
+            raise InputError(f"{path}: shape {array.shape}; expected {expected} as its image")
+        found[name] = array[:, :, 0] if planes == (1,) else array
+    return image, found
 
 
 def _rgb(image: np.ndarray, name: str) -> np.ndarray:
@@ -127,15 +113,6 @@ def _rgb(image: np.ndarray, name: str) -> np.ndarray:
         raise InputError(f"{name}: values from {low:g} to {high:g} may mean 0..1 as well as 0..255")
     rgb: np.ndarray = np.rint(image * 255 if unit else image).clip(0, 255).astype(np.uint8)
     return rgb
-
-
-def _classes(label: np.ndarray, count: int, name: str) -> np.ndarray:
-    """-1 and class indices of any type -> uint8 with VOID."""
-    valid = (label == np.rint(label)) & (label >= -1) & (label < count)
-    if not valid.all():
-        raise InputError(f"{name}: label value {label[~valid][0]:g} is not one of -1..{count - 1}")
-    classes = label.astype(np.int16)
-    return np.where(classes < 0, VOID, classes).astype(np.uint8)
 
 
 PLUGIN = MTAN

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mtunet_dist.schema import ClassInfo, DepthInfo
 from mtunet_dist.sources._images import check_headers, id_table, read_images
 from mtunet_dist.sources._source import RawSample, S, SampleFiles, list_images, match
+from mtunet_dist.tasks._task import Task
+from mtunet_dist.tasks.depth import Depth
+from mtunet_dist.tasks.segmentation import ClassInfo, Segmentation
 
 # A validation part carved out of train, 100 images drawn once: the official split has none, and choosing settings on
 # test would spoil its figures. 1-based indices of the labelled set, as in the file names.
@@ -58,27 +60,31 @@ class NYUv2:
             Train on ``train`` while choosing settings and on ``train+val`` for a final run.
     """
 
-    classes = CLASSES
-    depth = DepthInfo("metric", "metre", 0.001)
     stamp = None
-
-    check = staticmethod(check_headers)
 
     def __init__(self, root: Path, *, val: bool = True) -> None:
         self.root, self.val = root, val
+        self.targets: dict[str, Task] = {
+            "segmentation": Segmentation("segmentation", CLASSES),
+            "depth": Depth.metric_depth(0.001),
+        }
         self._table = id_table({i + 1: i for i in range(len(CLASSES))}, void=[0])
 
     def splits(self) -> dict[str, list[SampleFiles]]:
         """See ``Source.splits``."""
         return with_validation(self._samples("train"), self._samples("test"), self.val)
 
+    def check(self, sample: SampleFiles) -> None:
+        """See ``Source.check``."""
+        check_headers(sample, self.targets)
+
     def read(self, sample: SampleFiles) -> RawSample:
         """See ``Source.read``."""
-        return read_images(sample, self._table)
+        return read_images(sample, self.targets, {"segmentation": self._table})
 
     def _samples(self, split: str) -> list[SampleFiles]:
-        folders = {"rgb": "rgb", "label": "label13", "depth": "depth"}
-        return match({part: list_images(self.root / split / folder) for part, folder in folders.items()})
+        files = {folder: list_images(self.root / split / folder) for folder in ("rgb", "label13", "depth")}
+        return match(files["rgb"], {"segmentation": ("label", files["label13"]), "depth": ("depth", files["depth"])})
 
 
 PLUGIN = NYUv2

@@ -14,12 +14,13 @@ import h5py
 import numpy as np
 
 from mtunet_dist.errors import InputError
-from mtunet_dist.schema import DepthInfo
-from mtunet_dist.sources._arrays import stored_depth
 from mtunet_dist.sources._images import id_table, to_classes
 from mtunet_dist.sources._nyuv2 import CLASSES_40, COUNT, FROM_40_TO_13, RAW_TO_40, TRAIN
 from mtunet_dist.sources._source import RawSample
 from mtunet_dist.sources.nyuv2 import CLASSES, with_validation
+from mtunet_dist.tasks._task import Task
+from mtunet_dist.tasks.depth import Depth
+from mtunet_dist.tasks.segmentation import Segmentation
 
 FILE = "nyu_depth_v2_labeled.mat"
 WIDTH, HEIGHT = 640, 480
@@ -69,8 +70,11 @@ class NYUv2Mat:
     ) -> None:
         self.path = root / FILE if root.is_dir() else root
         self.val, self.crop = val, crop
-        self.classes = CLASSES if classes == 13 else CLASSES_40
-        self.depth = DepthInfo("metric", "metre", 0.001)
+        self._depth = Depth.metric_depth(0.001)
+        self.targets: dict[str, Task] = {
+            "segmentation": Segmentation("segmentation", CLASSES if classes == 13 else CLASSES_40),
+            "depth": self._depth,
+        }
         self._depths = "depths" if depth == "filled" else "rawDepths"
         of_40 = FROM_40_TO_13 if classes == 13 else range(1, 41)
         mapping = {raw: of_40[class_40 - 1] - 1 for raw, class_40 in enumerate(RAW_TO_40, start=1)}
@@ -101,8 +105,8 @@ class NYUv2Mat:
         """See ``Source.read``."""
         rgb = self._image("images", sample)
         label = to_classes(self._image("labels", sample), self._table, self._name("labels", sample))
-        depth = stored_depth(self._image(self._depths, sample), self.depth.scale, self._name(self._depths, sample))
-        return RawSample(rgb, label, depth)
+        depth = self._depth.from_numbers(self._image(self._depths, sample), self._name(self._depths, sample))
+        return RawSample(rgb, {"segmentation": label, "depth": depth})
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_file"}

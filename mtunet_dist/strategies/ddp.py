@@ -75,8 +75,7 @@ class DDPStrategy:
         size = 64  # all models accept it
         batch = {
             "image": torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device),
-            "segmentation": torch.zeros(1, size, size, dtype=torch.uint8, device=device),
-            "depth": torch.ones(1, 1, size, size, device=device),
+            **{task.name: task.warm_up(size, device) for task in self.module.tasks},
         }
         training = self.module.training
         self.module.eval()

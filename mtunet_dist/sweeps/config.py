@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from mtunet_dist.config import Config, load_config
 from mtunet_dist.config.typed_yaml import load_as
-from mtunet_dist.core.step import make_tasks
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.data.targets import check_targets
@@ -190,7 +189,7 @@ def steps_per_epoch(config: Config) -> int:
 def metrics_of(config: Config) -> list[str]:
     """The metrics that an evaluation of ``config`` gives."""
     info = PreparedDataset(Path(config.data.root)).info
-    return metric_names(make_tasks(config.tasks, info.classes, info.depth))
+    return metric_names(info.tasks(config.tasks))
 
 
 def check_trials(sweep: Sweep, base: Path) -> list[Config]:

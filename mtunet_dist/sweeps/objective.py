@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mtunet_dist.core.comparison import DELTA, delta_m, higher_is_better
 from mtunet_dist.errors import InputError, closest
-from mtunet_dist.metrics import DELTA, delta_m, higher_is_better
 
 
 @dataclass(frozen=True)

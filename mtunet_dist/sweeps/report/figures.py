@@ -198,7 +198,7 @@ def _label(goal: Goal, config: Config | None) -> str:
     if config is None or goal.name not in IN_METRES:
         return name
     try:
-        unit = PreparedDataset(Path(config.data.root)).info.depth.unit
+        unit = PreparedDataset(Path(config.data.root)).info.targets["depth"].unit_text
     except InputError:  # the data may have been moved since
         return name
-    return f"{name} ({'m' if unit == 'metre' else 'in the unit of inverse depth'})"
+    return f"{name} ({'m' if unit == 'metres' else f'in {unit}'})"
