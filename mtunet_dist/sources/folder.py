@@ -15,14 +15,15 @@ from mtunet_dist.sources._source import KEY, RawSample, SampleFiles, list_images
 from mtunet_dist.system.files import entries, read_yaml
 from mtunet_dist.tasks._task import Task
 from mtunet_dist.tasks.depth import Depth
+from mtunet_dist.tasks.normals import Normals
 from mtunet_dist.tasks.segmentation import ClassInfo, Segmentation, class_problem
 
-TASKS = {"segmentation": "label", "depth": "depth"}  # task -> folder
+TASKS = {"segmentation": "label", "depth": "depth", "normals": "normal"}  # task -> folder
 DESCRIPTION = "dataset.yaml"
 
 
 class Folder:
-    """``ROOT/SPLIT/{rgb,label,depth}/STEM.{png,jpg,jpeg}``, any number of splits, and ``ROOT/dataset.yaml``::
+    """``ROOT/SPLIT/{rgb,label,depth,normal}/STEM.SUFFIX``, any number of splits, and ``ROOT/dataset.yaml``::
 
         classes: [road, car]        # or [{name: road, color: [128, 64, 128]}, ...]
         label_offset: 0             # label value of the first class
@@ -33,7 +34,10 @@ class Folder:
     Only ``classes`` is required. Labels are 8-bit gray PNGs, depth 16-bit gray PNGs, RGB is JPEG or 8-bit PNG; all are
     turned as their EXIF orientation says, so label and depth have to lie as a viewer shows the image.
 
-    A sample may lack its label or its depth, a split the whole folder: such samples train the other task alone.
+    ``normal`` is optional: surface normals as 8-bit RGB PNGs (-1..1 is 0..255, black is none) or as npy files of
+    vectors (H, W, 3), 0 for none; x right, y down, z into the scene.
+
+    A sample may lack some of its targets, a split a whole folder: such samples train the other tasks alone.
 
     Options:
         allow_unlabelled: take RGB files that have neither label nor depth.
@@ -46,6 +50,8 @@ class Folder:
         classes = _classes(description.classes, path)
         self.targets: dict[str, Task] = {"segmentation": Segmentation("segmentation", classes)}
         self._table = id_table(_class_ids(description, path), description.void_ids)
+        if any(root.glob(f"*/{TASKS['normals']}/")):
+            self.targets["normals"] = Normals("normals")
         if description.depth_kind == "metric":
             self.targets["depth"] = Depth.metric_depth(description.depth_scale)
         else:
@@ -73,13 +79,16 @@ class Folder:
         return read_images(sample, self.targets, {"segmentation": self._table}, hint)
 
     def _samples(self, folder: Path) -> list[SampleFiles]:
-        targets = {name: (task.part, _list(folder / TASKS[name])) for name, task in self.targets.items()}
-        samples = match(_list(folder / "rgb"), targets, optional=True)
+        targets = {name: (task.part, _list(folder / TASKS[name], name)) for name, task in self.targets.items()}
+        if "normals" not in targets:
+            _list(folder / TASKS["normals"], "normals")  # a misspelt name is an error
+        samples = match(list_images(folder / "rgb"), targets, optional=True)
         if not self.allow_unlabelled:
             for sample in samples:
                 if not sample.targets:
                     hint = "give it one, or allow such files with allow_unlabelled=true"
-                    raise InputError(f"{sample.rgb} has no label and no depth file beside it; {hint}")
+                    parts = " and no ".join(part for part, _ in targets.values())
+                    raise InputError(f"{sample.rgb} has no {parts} file beside it; {hint}")
         return samples
 
 
@@ -91,10 +100,10 @@ def check_outside(out: Path, what: str) -> None:
             raise InputError(f"{what} {out} {lies}; choose a folder outside")
 
 
-def _list(folder: Path) -> dict[str, Path]:
-    """The images of a part. Empty if the part is optional and its folder is missing (a misspelt name is an error)."""
-    if folder.is_dir() or folder.name == "rgb":
-        return list_images(folder)
+def _list(folder: Path, task: str) -> dict[str, Path]:
+    """The files of a task. Empty if the folder is missing; a misspelt name of it is an error."""
+    if folder.is_dir():
+        return list_images(folder, (".png", ".npy")) if task == "normals" else list_images(folder)
     others = [
         path.name for path in entries(folder.parent) if path.is_dir() and path.name not in ("rgb", *TASKS.values())
     ]

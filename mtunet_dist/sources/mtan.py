@@ -18,17 +18,23 @@ from mtunet_dist.sources.cityscapes import class_set
 from mtunet_dist.sources.nyuv2 import CLASSES
 from mtunet_dist.tasks._task import Task
 from mtunet_dist.tasks.depth import Depth
+from mtunet_dist.tasks.normals import Normals
 from mtunet_dist.tasks.segmentation import Segmentation
 
 CITYSCAPES: dict[str, Literal[2, 7, 19]] = {"label_2": 2, "label_7": 7, "label_19": 19}
-PLANES: dict[str, tuple[int, ...]] = {"segmentation": (), "depth": (1,)}  # the axes after height and width
+PLANES: dict[str, tuple[int, ...]] = {
+    "segmentation": (),
+    "depth": (1,),
+    "normals": (3,),
+}  # the axes after height and width
 ROUNDING = 1e-3  # resizing in float may exceed 1 by this
 
 
 class MTAN:
     """``ROOT/{train,val}/{image,LABELS,depth}/N.npy``, N = 0, 1, ...; the official indices of the images are lost.
 
-    Images are (H, W, 3), 0..1 or 0..255; labels (H, W), -1 without class; depth (H, W, 1), 0 invalid. MTAN's val is
+    Images are (H, W, 3), 0..1 or 0..255; labels (H, W), -1 without class; depth (H, W, 1), 0 invalid; of NYUv2 also
+    ``normal`` (H, W, 3), 0 invalid. MTAN's val is
     the official test part of NYUv2 and the official val part of Cityscapes.
 
     Options:
@@ -36,12 +42,21 @@ class MTAN:
             stored in millimetres; "label_2", "label_7" and "label_19" are Cityscapes, whose "depth" is (p - 1) / 65536
             of the disparity p, stored as p - 1 without loss. What MTAN's 2 classes are is not documented: they are
             taken as those of the source ``cityscapes``.
+        normals: also take the surface normals of NYUv2, from the folder ``normal``.
     """
 
     stamp = None
 
-    def __init__(self, root: Path, *, labels: Literal["label", "label_2", "label_7", "label_19"] = "label") -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        labels: Literal["label", "label_2", "label_7", "label_19"] = "label",
+        normals: bool = False,
+    ) -> None:
         self.root, self.labels = root, labels
+        if normals and labels != "label":
+            raise InputError(f"normals=true with labels={labels}: only the NYUv2 files of MTAN have normals")
         self.targets: dict[str, Task]
         if labels == "label":
             self.targets = {"segmentation": Segmentation("segmentation", CLASSES), "depth": Depth.metric_depth(0.001)}
@@ -51,13 +66,15 @@ class MTAN:
                 "segmentation": Segmentation("segmentation", classes),
                 "depth": Depth.inverse_depth(1 / 65536),
             }
+        if normals:
+            self.targets["normals"] = Normals("normals")
 
     def splits(self) -> dict[str, list[SampleFiles]]:
         """See ``Source.splits``."""
-        folders = {"segmentation": self.labels, "depth": "depth"}
+        folders = {"segmentation": self.labels, "depth": "depth", "normals": "normal"}
         found = {}
         for split in ("train", "val"):
-            parts = {task: (self.targets[task].part, _list(self.root / split / f)) for task, f in folders.items()}
+            parts = {name: (task.part, _list(self.root / split / folders[name])) for name, task in self.targets.items()}
             found[split] = match(_list(self.root / split / "image"), parts)
         return found
 

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from mtunet_dist.sources._images import check_headers, id_table, read_images
+from mtunet_dist.sources._plane_fits import Camera, normals_of
 from mtunet_dist.sources._source import RawSample, S, SampleFiles, list_images, match
 from mtunet_dist.tasks._task import Task
 from mtunet_dist.tasks.depth import Depth
+from mtunet_dist.tasks.normals import Normals
 from mtunet_dist.tasks.segmentation import ClassInfo, Segmentation
 
 # A validation part carved out of train, 100 images drawn once: the official split has none, and choosing settings on
@@ -42,6 +46,17 @@ CLASSES = (  # the 13 classes of A. Handa's 40 -> 13 mapping, in the colours of 
 )
 
 
+WIDTH, HEIGHT = 640, 480  # of the published images
+# The camera of the colour images, from the toolbox of the dataset (camera_params.m, without distortion).
+CAMERA = Camera(518.85790117450188, 519.46961112127485, 325.58244941119034 - 1, 253.73616633400465 - 1)
+NORMALS = Normals("normals")
+
+
+def computed_normals(depth: np.ndarray, camera: Camera) -> np.ndarray:
+    """Stored surface normals of metric ``depth`` (H, W)."""
+    return NORMALS.from_numbers(normals_of(depth, camera), "computed normals")
+
+
 def with_validation(train: list[S], test: list[S], val: bool) -> dict[str, list[S]]:
     """The official splits; with ``val`` the images of ``VALIDATION`` are a split of their own, out of train."""
     if not val:
@@ -58,16 +73,20 @@ class NYUv2:
     Options:
         val: hold the images of ``VALIDATION`` out of train as the split val; without it, the official two splits.
             Train on ``train`` while choosing settings and on ``train+val`` for a final run.
+        normals: also give surface normals. They are computed from the depth by local plane fits (``_plane_fits.py``),
+            not measured.
     """
 
     stamp = None
 
-    def __init__(self, root: Path, *, val: bool = True) -> None:
+    def __init__(self, root: Path, *, val: bool = True, normals: bool = False) -> None:
         self.root, self.val = root, val
         self.targets: dict[str, Task] = {
             "segmentation": Segmentation("segmentation", CLASSES),
             "depth": Depth.metric_depth(0.001),
         }
+        if normals:
+            self.targets["normals"] = NORMALS
         self._table = id_table({i + 1: i for i in range(len(CLASSES))}, void=[0])
 
     def splits(self) -> dict[str, list[SampleFiles]]:
@@ -80,7 +99,12 @@ class NYUv2:
 
     def read(self, sample: SampleFiles) -> RawSample:
         """See ``Source.read``."""
-        return read_images(sample, self.targets, {"segmentation": self._table})
+        raw = read_images(sample, self.targets, {"segmentation": self._table})
+        if "normals" not in self.targets:
+            return raw
+        height, width = raw.rgb.shape[:2]
+        computed = computed_normals(raw.targets["depth"] * 0.001, CAMERA.resized(width / WIDTH, height / HEIGHT))
+        return RawSample(raw.rgb, {**raw.targets, "normals": computed})
 
     def _samples(self, split: str) -> list[SampleFiles]:
         files = {folder: list_images(self.root / split / folder) for folder in ("rgb", "label13", "depth")}

@@ -17,13 +17,20 @@ from mtunet_dist.errors import InputError
 from mtunet_dist.sources._images import id_table, to_classes
 from mtunet_dist.sources._nyuv2 import CLASSES_40, COUNT, FROM_40_TO_13, RAW_TO_40, TRAIN
 from mtunet_dist.sources._source import RawSample
-from mtunet_dist.sources.nyuv2 import CLASSES, with_validation
+from mtunet_dist.sources.nyuv2 import (
+    CAMERA,
+    CLASSES,
+    HEIGHT,
+    NORMALS,
+    WIDTH,
+    computed_normals,
+    with_validation,
+)
 from mtunet_dist.tasks._task import Task
 from mtunet_dist.tasks.depth import Depth
 from mtunet_dist.tasks.segmentation import Segmentation
 
 FILE = "nyu_depth_v2_labeled.mat"
-WIDTH, HEIGHT = 640, 480
 DATASETS = {  # shape and type as HDF5 has them: MATLAB's axes are reversed, so an image is 640x480
     "images": ((COUNT, 3, WIDTH, HEIGHT), np.uint8),
     "labels": ((COUNT, WIDTH, HEIGHT), np.uint16),
@@ -57,6 +64,8 @@ class NYUv2Mat:
             splits of 795 and 654.
         crop: keep only rows 45 to 470 and columns 41 to 600, as in many evaluations of depth on this set: leaves out
             the border, white after undistortion.
+        normals: also give surface normals. They are computed from the depth by local plane fits (``_plane_fits.py``),
+            not measured.
     """
 
     def __init__(
@@ -67,6 +76,7 @@ class NYUv2Mat:
         depth: Literal["filled", "raw"] = "filled",
         val: bool = True,
         crop: bool = False,
+        normals: bool = False,
     ) -> None:
         self.path = root / FILE if root.is_dir() else root
         self.val, self.crop = val, crop
@@ -75,6 +85,8 @@ class NYUv2Mat:
             "segmentation": Segmentation("segmentation", CLASSES if classes == 13 else CLASSES_40),
             "depth": self._depth,
         }
+        if normals:
+            self.targets["normals"] = NORMALS
         self._depths = "depths" if depth == "filled" else "rawDepths"
         of_40 = FROM_40_TO_13 if classes == 13 else range(1, 41)
         mapping = {raw: of_40[class_40 - 1] - 1 for raw, class_40 in enumerate(RAW_TO_40, start=1)}
@@ -106,7 +118,11 @@ class NYUv2Mat:
         rgb = self._image("images", sample)
         label = to_classes(self._image("labels", sample), self._table, self._name("labels", sample))
         depth = self._depth.from_numbers(self._image(self._depths, sample), self._name(self._depths, sample))
-        return RawSample(rgb, {"segmentation": label, "depth": depth})
+        targets = {"segmentation": label, "depth": depth}
+        if "normals" in self.targets:
+            camera = CAMERA.cropped(CROP[1].start, CROP[0].start) if self.crop else CAMERA
+            targets["normals"] = computed_normals(depth * self._depth.scale, camera)
+        return RawSample(rgb, targets)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_file"}
