@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-REACH = 3  # samples on each side of a pixel: a window of 7x7
-WINDOW_PER_WIDTH = 384  # the samples lie next to each other in images of this width, further apart in wider ones
+REACH = 4  # samples on each side of a pixel: a window of 9x9
+STEPS_PER_WIDTH = 144  # distance between samples: the width of the image divided by this. Kinect depth has steps
 JUMP = 0.05  # a sample whose depth differs by more than this share lies on another surface
-LEAST = 12  # samples of the same surface that a fit needs
+LEAST = 20  # samples of the same surface that a fit needs
 
 
 @dataclass(frozen=True)
@@ -31,31 +31,34 @@ class Camera:
 
 
 def normals_of(depth: np.ndarray, camera: Camera) -> np.ndarray:
-    """Unit normals float32 (H, W, 3) of metric ``depth`` (H, W), 0 where invalid. They point towards the camera. A pixel
-    has none (0) if too few samples around it lie on its surface.
+    """Unit normals float32 (H, W, 3) of metric ``depth`` (H, W), 0 where invalid. They point towards the camera. A
+    pixel has none (0) if too few samples around it lie on its surface.
 
     On a plane, 1 / depth is linear in the pixel coordinates: a x + b y + c with x, y on the image plane at distance 1,
     and (a, b, c) is a normal. The fit is by least squares over the samples around the pixel.
     """
     height, width = depth.shape
     valid = depth > 0
-    inverse = np.divide(1.0, depth, out=np.zeros(depth.shape), where=valid)
-    apart = max(1, round(width / WINDOW_PER_WIDTH))
+    inverse = np.divide(1.0, depth, out=np.zeros(depth.shape), where=valid).astype(np.float32)
+    apart = max(1, round(width / STEPS_PER_WIDTH))
     margin = REACH * apart
     padded = np.pad(inverse, margin)
     # Sums over the samples, with x and y from the pixel: 1, x, y, xx, xy, yy, z, xz, yz.
     sums = np.zeros((9, height, width))
     for down in range(-REACH, REACH + 1):
+        row = np.zeros((5, height, width), dtype=np.float32)  # 1, x, xx, z, xz over the samples of one row
         for right in range(-REACH, REACH + 1):
             top, left = margin + down * apart, margin + right * apart
-            z = padded[top : top + height, left : left + width]
-            same = (z > 0) & (np.abs(z - inverse) < JUMP * inverse)
-            x, y = right * apart / camera.fx, down * apart / camera.fy
-            z = np.where(same, z, 0.0)
-            for i, factor in enumerate((1.0, x, y, x * x, x * y, y * y)):
-                sums[i] += factor * same
-            for i, factor in enumerate((1.0, x, y)):
-                sums[6 + i] += factor * z
+            there = padded[top : top + height, left : left + width]
+            same = np.abs(there - inverse) < JUMP * inverse
+            across = right * apart / camera.fx
+            z = np.where(same, there, 0.0)
+            for total, term in zip(row, (same, across * same, across**2 * same, z, across * z), strict=True):
+                total += term
+        below, (one, x1, x2, z0, z1) = down * apart / camera.fy, row
+        terms = (one, x1, below * one, x2, below * x1, below**2 * one, z0, z1, below * z0)
+        for total, term in zip(sums, terms, strict=True):
+            total += term
     n, x, y, xx, xy, yy, z, xz, yz = sums
     # Cramer's rule for the symmetric system [[xx, xy, x], [xy, yy, y], [x, y, n]] (a, b, d) = (xz, yz, z).
     aa, ab, ad = yy * n - y * y, x * y - xy * n, xy * y - x * yy
