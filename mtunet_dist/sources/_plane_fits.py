@@ -57,8 +57,8 @@ def normals_of(depth: np.ndarray, camera: Camera) -> np.ndarray:
                 total += term
         below, (one, x1, x2, z0, z1) = down * apart / camera.fy, row
         terms = (one, x1, below * one, x2, below * x1, below**2 * one, z0, z1, below * z0)
-        for total, term in zip(sums, terms, strict=True):
-            total += term
+        for whole, term in zip(sums, terms, strict=True):
+            whole += term
     n, x, y, xx, xy, yy, z, xz, yz = sums
     # Cramer's rule for the symmetric system [[xx, xy, x], [xy, yy, y], [x, y, n]] (a, b, d) = (xz, yz, z).
     aa, ab, ad = yy * n - y * y, x * y - xy * n, xy * y - x * yy
