@@ -24,7 +24,7 @@ from mtunet_dist import distributed
 from mtunet_dist.config import Config
 from mtunet_dist.core import optim
 from mtunet_dist.core.step import Batch, MultiTaskStep, place
-from mtunet_dist.errors import InputError
+from mtunet_dist.errors import InputError, needs
 from mtunet_dist.strategies._deepspeed_settings import settings
 from mtunet_dist.strategies._loss_scale import LossScale
 
@@ -282,7 +282,10 @@ def _import_deepspeed(device: torch.device) -> Any:
     """
     os.environ["DS_ACCELERATOR"] = device.type
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # it requires a rank, even without a launcher
-    import deepspeed
+    try:
+        import deepspeed
+    except ModuleNotFoundError as error:
+        raise needs("strategy 'deepspeed'", error) from None
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
