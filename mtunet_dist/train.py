@@ -242,7 +242,9 @@ def _summary(run: Run) -> str:
 @command
 def main() -> None:
     """The command line."""
-    parser = arguments.parser("train", "Train, or resume a training. Every key is listed in mtunet_dist/config.py.")
+    parser = arguments.parser(
+        "train", "Train, or resume a training. Every key is listed in mtunet_dist/config/schema.py."
+    )
     parser.add_argument("config", type=arguments.path, metavar="CONFIG", help="a YAML file, as those in configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     arguments.add_device(parser)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -17,8 +18,12 @@ REPOSITORY = Path(__file__).parents[1]
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the content of the wheel."""
     folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # a build leaves files in the folder that it builds from
+    shutil.copytree(REPOSITORY / "mtunet_dist", source / "mtunet_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source / name)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", f"-w{folder}"]
-    subprocess.run([*command, str(REPOSITORY)], check=True, cwd=folder)
+    subprocess.run([*command, str(source)], check=True, cwd=folder)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as file:
         file.extractall(folder / "site")

@@ -62,7 +62,7 @@ def then(function: Callable[..., Any], before: str = "", after: str = "", last: 
 def watch(module: ModuleType) -> None:
     """Note the stages of a training at the functions where they begin or end."""
     of: Any = module
-    if module.__name__ == "mtunet_dist.config":
+    if module.__name__ == "mtunet_dist.config.loading":
         of.load_config = then(of.load_config, before="read the config", after="process group")
     if module.__name__ == "mtunet_dist.runs.resume":
         of.start = then(of.start, before="build", after="first batch")
