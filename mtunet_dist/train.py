@@ -56,7 +56,7 @@ def train(config: Config, on_eval: OnEval | None = None) -> dict[str, float]:
             if not run.finished:
                 tracker = Tracker(
                     run.dir,
-                    start_step=run.step,
+                    start_step=run.progress.step,
                     total_steps=run.total_steps,
                     steps_per_epoch=run.order.steps_per_epoch,
                     batch_size=config.batch_size,
@@ -68,54 +68,48 @@ def train(config: Config, on_eval: OnEval | None = None) -> dict[str, float]:
                 with closing(tracker), StopRequest(on_interrupt=said) as stop, _no_garbage_collection():
                     _loop(run, tracker, stop, watchdog, on_eval or _ignore)
                     distributed.decide(tracker.check)
-            return run.metrics
+            return run.progress.metrics
 
 
 def _loop(run: Run, tracker: Tracker, stop: StopRequest, watchdog: Watchdog, on_eval: OnEval) -> None:
-    config, order, step = run.config, run.order, run.module
-    batches = run.loader.batches(start=run.step * order.accumulate)
+    config, order, step, progress = run.config, run.order, run.module, run.progress
+    batches = run.loader.batches(start=progress.step * order.accumulate)
     window: list[Tensor] = []  # losses and gradient norms of the steps since the last report, on the device
 
     step.train()
     if run.evaluation_due:  # the previous process was stopped before this evaluation
-        best = _evaluate(run, tracker, watchdog)
-        resume.save(run, best=best, wait=run.finished)
-        on_eval(run.step, run.metrics)
+        _evaluate_and_save(run, tracker, watchdog, on_eval, save=True)
     while not run.finished:
-        lr = optim.lr_at(run.step, config.optim, order.steps_per_epoch, run.total_steps)
+        lr = optim.lr_at(progress.step, config.optim, order.steps_per_epoch, run.total_steps)
         window.append(_optimiser_step(run, batches, lr))
-        run.step += 1
+        progress.step += 1
         watchdog.beat()
 
-        epoch, step_in_epoch = divmod(run.step, order.steps_per_epoch)
-        epoch_done, last = step_in_epoch == 0, run.step == run.total_steps
+        epoch, step_in_epoch = divmod(progress.step, order.steps_per_epoch)
+        epoch_done, last = step_in_epoch == 0, progress.step == run.total_steps
         save = epoch_done and epoch % config.checkpoint.every_epochs == 0
-        save |= config.checkpoint.every_steps > 0 and run.step % config.checkpoint.every_steps == 0
+        save |= config.checkpoint.every_steps > 0 and progress.step % config.checkpoint.every_steps == 0
         if epoch_done:
             step.weighting.end_epoch()
-        best = stopping = False
+        stopping = False
         # The report comes before any evaluation or checkpoint, so that both see only finite values.
         hurried = stop.received == signal.SIGINT and distributed.world_size() == 1  # no other rank must agree
-        if epoch_done or save or hurried or run.step % config.log.every_steps == 0:
+        if epoch_done or save or hurried or progress.step % config.log.every_steps == 0:
             report, stopping = _report(run, window, lr, stop, tracker)
             if run.lock is not None:
                 run.lock.end_if_lost()  # before anything is written
-            tracker.steps(run.step, report)
+            tracker.steps(progress.step, report)
             window.clear()
             gc.collect()
 
         with tracker.paused():
-            if evaluated := run.evaluation_due and not stopping:  # preempted: skip it
-                best = _evaluate(run, tracker, watchdog)
-            if save or best or last or stopping:
-                tracker.flush()
-                resume.save(run, best=best, wait=last or stopping)
-            if evaluated:
-                on_eval(run.step, run.metrics)
+            _evaluate_and_save(run, tracker, watchdog, on_eval, save=save or last, stopping=stopping)
             watchdog.beat()
         if stopping and not run.finished:
             reason = f"{stop.received.name} received" if stop.received else "another process was asked to stop"
-            raise PreemptedError(f"{reason}: stopped after step {run.step}, which is saved; the same command goes on")
+            raise PreemptedError(
+                f"{reason}: stopped after step {progress.step}, which is saved; the same command goes on"
+            )
 
 
 def _optimiser_step(run: Run, batches: Iterator[Batch], lr: float) -> Tensor:
@@ -154,7 +148,7 @@ def _report(run: Run, window: list[Tensor], lr: float, stop: StopRequest, tracke
     names = [*(f"loss '{name}'" for name in [*tasks, "total"]), "gradient norm"]
     if run.config.precision == "fp16" and run.strategy.loss_scale >= LEAST_LOSS_SCALE:
         names.pop()  # it may overflow: the scaler then skips the step and lowers the scale
-    for step, row in enumerate(steps.tolist(), start=run.step - len(window) + 1):
+    for step, row in enumerate(steps.tolist(), start=run.progress.step - len(window) + 1):
         for name, value in zip(names, row, strict=False):
             if not math.isfinite(value):
                 raise NonFiniteLossError(
@@ -165,8 +159,9 @@ def _report(run: Run, window: list[Tensor], lr: float, stop: StopRequest, tracke
     if unsound:
         found = distributed.everyone(first_broken(run.strategy.tensors(), distributed.world_size()))
         what = next(filter(None, found), "the state")
+        first, last = run.progress.step - len(window) + 1, run.progress.step
         raise NonFiniteLossError(
-            f"{what} within the steps {run.step - len(window) + 1} to {run.step}, while the losses are finite; "
+            f"{what} within the steps {first} to {last}, while the losses are finite; "
             "checkpoints are from before. A lower optim.lr, optim.clip_norm=1 or precision=fp32 may help"
         )
     losses = dict(zip([*tasks, "total"], steps[:, :-1].mean(0).tolist(), strict=True))
@@ -182,6 +177,23 @@ def _ignore(step: int, metrics: dict[str, float]) -> None:
     """The default for ``on_eval``: does nothing."""
 
 
+def _evaluate_and_save(
+    run: Run, tracker: Tracker, watchdog: Watchdog, on_eval: OnEval, *, save: bool, stopping: bool = False
+) -> None:
+    """Evaluate if that is due, save if asked to or if the model is the best so far, then tell ``on_eval``.
+
+    A run that is ``stopping`` saves at once. Its evaluation is left to the process that resumes it, because a
+    preempting scheduler kills processes that end slowly.
+    """
+    evaluated = run.evaluation_due and not stopping
+    best = evaluated and _evaluate(run, tracker, watchdog)
+    if save or best or stopping:
+        tracker.flush()
+        resume.save(run, best=best, wait=stopping or run.progress.step == run.total_steps)
+    if evaluated:
+        on_eval(run.progress.step, run.progress.metrics)
+
+
 def _evaluate(run: Run, tracker: Tracker, watchdog: Watchdog) -> bool:
     """Evaluate, report and draw. Returns whether the model is the best so far."""
     distributed.average_statistics(run.module)
@@ -190,23 +202,27 @@ def _evaluate(run: Run, tracker: Tracker, watchdog: Watchdog) -> bool:
         result = evaluate(module, run.eval_loader, run.device, on_batch=watchdog.beat)
         if reference := run.config.checkpoint.reference:
             result.metrics[DELTA] = delta_m(result.metrics, reference, list(reference))
-        run.metrics, run.evaluated = result.metrics, run.step
-        tracker.evaluation(run.step, result.metrics, result.class_iou)
+        run.progress.metrics, run.progress.evaluated = result.metrics, run.progress.step
+        tracker.evaluation(run.progress.step, result.metrics, result.class_iou)
         if run.picture_batch is not None:
-            tracker.picture(run.step, pictures.sheet(module, run.picture_batch))
+            tracker.picture(run.progress.step, pictures.sheet(module, run.picture_batch))
         module.train()
     return _is_best(run, result.metrics)
 
 
 def _is_best(run: Run, metrics: Mapping[str, float]) -> bool:
-    """Whether the model with ``metrics`` is the best so far. If it is, its value becomes ``run.best``."""
+    """Whether the model with ``metrics`` is the best so far. If it is, its value becomes ``run.progress.best``."""
     name = run.config.checkpoint.best
     value = metrics[name]
     sign = 1 if higher_is_better(name) else -1
     sound = all(math.isfinite(metrics[f"loss/{task.name}"]) for task in run.module.tasks)
-    if not sound or not math.isfinite(value) or (run.best is not None and sign * value <= sign * run.best):
+    if (
+        not sound
+        or not math.isfinite(value)
+        or (run.progress.best is not None and sign * value <= sign * run.progress.best)
+    ):
         return False
-    run.best = value
+    run.progress.best = value
     return True
 
 
@@ -229,7 +245,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _summary(run: Run) -> str:
-    state = f"resuming at step {run.step}" if run.step else "starting"
+    state = f"resuming at step {run.progress.step}" if run.progress.step else "starting"
     if run.finished:
         state = "already finished"
     return (

@@ -143,7 +143,7 @@ def spoil(patch: pytest.MonkeyPatch, name: str, step: int, rank: int = 0) -> lis
 
         def apply_and_spoil(lr: float) -> Tensor:
             norm = apply(lr)
-            if run.step == step - 1 and distributed.rank() == rank:
+            if run.progress.step == step - 1 and distributed.rank() == rank:
                 named = (t for n, t in run.strategy.tensors() if (n.startswith(name) or n.endswith(name)) and t.numel())
                 next(named).detach().fill_(math.inf)
             return norm

@@ -166,7 +166,7 @@ def test_resume_with_fewer_processes_carries_on_the_epochs_loss_statistics(
     assert not torch.equal(ranks[0]["weighting.local_sum"], ranks[1]["weighting.local_sum"])
 
     run = resume.start(one, torch.device("cpu"))
-    assert run.step == 2
+    assert run.progress.step == 2
     restored = dict(run.module.named_buffers())
     for name in ("weighting.local_count", "weighting.local_sum", "weighting.local_squares"):
         assert torch.equal(restored[name], ranks[0][name] + ranks[1][name]), name

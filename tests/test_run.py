@@ -70,7 +70,7 @@ def test_the_best_value_counts_for_its_own_metric_and_split(make_config: MakeCon
     train(make_config("epochs=1"))
     for change, known in (("epochs=2", True), ("data.eval=train", False), ("checkpoint.best=depth_abs", False)):
         with closing(resume.start(make_config(change), CPU)) as run:
-            assert (run.best is not None) == known, change
+            assert (run.progress.best is not None) == known, change
 
 
 def test_a_gradient_that_is_not_finite_is_never_saved(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,9 @@ def test_a_gradient_that_is_not_finite_is_never_saved(make_config: MakeConfig, m
 
     def start_with_fault(config: Config, device: torch.device) -> Run:
         run = start(config, device)
-        next(run.module.parameters()).register_hook(lambda grad: grad * float("nan") if run.step == 4 else grad)
+        next(run.module.parameters()).register_hook(
+            lambda grad: grad * float("nan") if run.progress.step == 4 else grad
+        )
         return run
 
     monkeypatch.setattr(resume, "start", start_with_fault)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import warnings
 from collections.abc import Collection
@@ -85,19 +84,19 @@ def save(run: Run, *, best: bool, wait: bool) -> None:
     if distributed.is_main():
         strategy_state["model"] |= statistics
         state: checkpoint.State = {
-            "step": run.step,
+            "step": run.progress.step,
             "strategy": strategy_state,
             "ranks": ranks,
-            "best": {**_best_of(run.config), "value": run.best},
-            "metrics": run.metrics,
-            "evaluated": run.evaluated,
+            "best": {**_best_of(run.config), "value": run.progress.best},
+            "metrics": run.progress.metrics,
+            "evaluated": run.progress.evaluated,
             "config": to_yaml(run.config),
-            "dataset": json.dumps(dataclasses.asdict(run.dataset.info)),
+            "dataset": json.dumps(run.dataset.info.to_json()),
             "fingerprint": run.train_split.fingerprint,
             "environment": environments.fingerprint(),
         }
         run.writer.submit(state, best=best)
-    run.best_submitted = run.best
+    run.progress.submitted()
     if wait:
         distributed.decide(run.writer.wait)
 
@@ -134,10 +133,7 @@ def check_written(run: Run) -> None:
             return False
         return True
 
-    if distributed.decide(written):
-        run.best_written = run.best_submitted
-    elif run.best == run.best_submitted:
-        run.best = run.best_submitted = run.best_written  # so that the next good one becomes best.pt
+    run.progress.written(distributed.decide(written))
 
 
 def _claim(run: Run) -> None:
@@ -177,11 +173,11 @@ def _restore(run: Run) -> None:
         warnings.warn(f"{file} was written with {', '.join(changed)}: the last bits may differ", stacklevel=2)
     run.strategy.load(state["strategy"])
     _restore_rank(run, state["ranks"])
-    run.step = state["step"]
-    run.metrics = state["metrics"]
-    run.evaluated = state["evaluated"]
+    run.progress.step = state["step"]
+    run.progress.metrics = state["metrics"]
+    run.progress.evaluated = state["evaluated"]
     if {**state["best"], **_best_of(run.config)} == state["best"]:
-        run.best = run.best_written = run.best_submitted = state["best"]["value"]
+        run.progress.best = run.progress.best_written = run.progress.best_submitted = state["best"]["value"]
 
 
 def _best_of(config: Config) -> dict[str, Any]:

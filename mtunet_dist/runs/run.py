@@ -26,6 +26,7 @@ from mtunet_dist.data.torch_loader import TorchLoader
 from mtunet_dist.errors import InputError, closest
 from mtunet_dist.runs import checkpoint
 from mtunet_dist.runs.evaluation import eval_loader, metric_names
+from mtunet_dist.runs.progress import Progress
 from mtunet_dist.strategies._strategy import Strategy
 from mtunet_dist.system.folder_lock import FolderLock
 
@@ -48,13 +49,7 @@ class Run:
 
     lock: FolderLock | None = None  # on rank 0; keeps other trainings out of the run folder
 
-    # The progress of the run.
-    step: int = 0  # optimiser steps done
-    best: float | None = None  # value of the metric checkpoint.best on the split data.eval
-    best_written: float | None = None  # the same, of the newest checkpoint that is known to be on disk
-    best_submitted: float | None = None  # the same, in the checkpoint that is being written
-    evaluated: int = 0  # the step of the newest evaluation
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the newest evaluation
+    progress: Progress = dataclasses.field(default_factory=Progress)
 
     @property
     def module(self) -> MultiTaskStep:
@@ -74,16 +69,16 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether all steps are done, and the last evaluation."""
-        return self.step == self.total_steps and self.evaluated == self.step
+        return self.progress.step == self.total_steps and self.progress.evaluated == self.progress.step
 
     @property
     def evaluation_due(self) -> bool:
         """Whether an evaluation is due after the current step, also when a resumed run starts there."""
-        epoch, step_in_epoch = divmod(self.step, self.order.steps_per_epoch)
+        epoch, step_in_epoch = divmod(self.progress.step, self.order.steps_per_epoch)
         every, last = self.config.eval_every_epochs, self.config.eval_last_epochs
-        wanted = self.step == self.total_steps or (every > 0 and epoch % every == 0)
+        wanted = self.progress.step == self.total_steps or (every > 0 and epoch % every == 0)
         wanted |= epoch > self.config.epochs - last
-        return step_in_epoch == 0 and wanted and self.evaluated < self.step
+        return step_in_epoch == 0 and wanted and self.progress.evaluated < self.progress.step
 
     def close(self) -> None:
         """Finish writing, unlock the run folder, and free the resources of the strategy."""
