@@ -29,10 +29,13 @@ _LEAST = {"train": 0, "val": 0, "test": 0, "height": 32, "width": 32, "seed": 0}
 
 
 def synthesize(out: Path, settings: Settings, workers: int = 1) -> None:
-    """Write the missing scenes of a tree with this many processes. The files do not depend on their number.
+    """Write the missing files of a tree with this many processes. The files do not depend on their number.
 
-    A scene is a pure function of (seed, split, index). Raises InputError for settings out of range, and for a folder
-    with other content than a tree of the same settings. Raises LostProcessError if a worker was killed.
+    A scene is a pure function of (seed, split, index). So a tree from a version that wrote fewer kinds of files gets
+    the others, and the files that it has stay as they are.
+
+    Raises InputError for settings out of range, and for a folder with other content than a tree of the same settings.
+    Raises LostProcessError if a worker was killed.
     """
     _check(settings, workers)
     _claim(out, settings)

@@ -1,6 +1,6 @@
 """Ray casting of a scene: bodies front to back into a depth buffer, then light, shadows, haze and the sensor.
 
-Image, labels and depth come from the same rays through the pixel centres, so they agree at every pixel.
+Image, labels, depth and normals come from the same rays through the pixel centres, so they agree at every pixel.
 """
 
 from __future__ import annotations
@@ -25,12 +25,17 @@ HORIZON = 2000.0
 @dataclass(frozen=True)
 class Rendering:
     """``image`` (H, W, 3) uint8 sRGB, ``labels`` (H, W) uint8 Cityscapes ids, ``inverse`` (H, W) float32 inverse depth
-    along the optical axis in 1/m (0 in the sky, on the bonnet and the border), ``glossy`` (H, W) bool: mirrors."""
+    along the optical axis in 1/m (0 in the sky, on the bonnet and the border), ``glossy`` (H, W) bool: mirrors.
+
+    ``normals`` (H, W, 3) float32: the unit normal of the shape that was hit, whatever its texture shows, in the frame of
+    the camera (x right, y down, z into the scene) and towards the camera; 0 exactly where ``inverse`` is 0.
+    """
 
     image: np.ndarray
     labels: np.ndarray
     inverse: np.ndarray
     glossy: np.ndarray
+    normals: np.ndarray
 
 
 class _Frame:
@@ -101,7 +106,7 @@ class _Frame:
 
 
 def render(scene: Scene) -> Rendering:
-    """The picture of a scene with its labels and depth."""
+    """The picture of a scene with its labels, depth and normals."""
     camera, frame = scene.camera, _Frame(scene.camera)
     corners = objects.corners(scene.bodies)
     bounds, nearest = camera.windows(corners)
@@ -124,7 +129,7 @@ def render(scene: Scene) -> Rendering:
             np.zeros((camera.height - 2 * width, camera.width - 2 * width), dtype=bool), width, constant_values=True
         )
         labels[outside], image[outside], inverse[outside] = OUT_OF_ROI, 0, 0
-    return Rendering(image, labels, inverse, frame.glossy.reshape(inverse.shape))
+    return Rendering(image, labels, inverse, frame.glossy.reshape(inverse.shape), _seen_normals(frame, camera))
 
 
 def _slices(window: list[int]) -> tuple[slice, slice] | None:
@@ -189,6 +194,16 @@ def _light(frame: _Frame, daylight: Daylight) -> np.ndarray:
     linear = daylight.veil(linear, 1 / np.maximum(frame.inverse, 1 / HORIZON))
     linear[:, sky] = daylight.colour(frame.rays(sky))
     return linear
+
+
+def _seen_normals(frame: _Frame, camera: Camera) -> np.ndarray:
+    """Normals (H, W, 3) in the frame of the camera, 0 where the final depth is invalid."""
+    seen = np.zeros((frame.height, frame.width, 3), dtype=np.float32)
+    world = frame.normal * (frame.inverse > 0)
+    # Written out, not through BLAS, whose rounding varies with the number of threads.
+    for axis, (x, y, z) in enumerate(camera.rotation().T.astype(np.float32)):
+        seen[..., axis] = (x * world[0] + y * world[1] + z * world[2]).reshape(frame.height, frame.width)
+    return seen
 
 
 def _add_bonnet(linear: np.ndarray, labels: np.ndarray, inverse: np.ndarray, scene: Scene) -> None:

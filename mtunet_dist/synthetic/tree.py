@@ -19,13 +19,16 @@ from mtunet_dist.synthetic.render import render
 from mtunet_dist.synthetic.scene import random_scene
 from mtunet_dist.synthetic.stereo import stored_disparity
 
-GENERATOR = 2  # increased whenever the same settings give other files
+# Increased whenever the same settings give a file another content. A kind of file that is new needs no increase: it is
+# added to the scenes of an older tree.
+GENERATOR = 2
 CITIES = {"train": ("synth0", "synth1", "synth2"), "val": ("synth3",), "test": ("synth4",)}
 FILES = {
     "leftImg8bit": "leftImg8bit.png",
     "gtFine": "gtFine_labelIds.png",
     "disparity": "disparity.png",
     "camera": "camera.json",
+    "normal": "normal.png",
 }
 
 
@@ -48,17 +51,32 @@ def scene_files(out: Path, split: str, index: int) -> dict[str, Path]:
 
 
 def write_scene(out: Path, settings: Settings, job: tuple[str, int]) -> None:
-    """Make scene (split, index) and write its four files. Each gets its name only when complete."""
+    """Make scene (split, index) and write those of its files that are missing. Each gets its name only when complete.
+
+    A file that is there keeps its modification time, by which ``prepare`` sees whether it has changed.
+    """
     split, index = job
     scene = random_scene(settings.seed, list(CITIES).index(split), index, settings.height, settings.width)
     rendering = render(scene)
     disparity = stored_disparity(rendering, scene.camera, scene.rng)
-    files = scene_files(out, split, index)
-    _write(files["leftImg8bit"], _png(rendering.image))
-    _write(files["gtFine"], _png(rendering.labels))
-    _write(files["disparity"], _png(disparity))
     calibration = json.dumps(calibrate(scene.camera), indent=2) + "\n"
-    _write(files["camera"], lambda file: file.write(calibration.encode()))
+    contents: dict[str, Callable[[BinaryIO], object]] = {
+        "leftImg8bit": _png(rendering.image),
+        "gtFine": _png(rendering.labels),
+        "disparity": _png(disparity),
+        "camera": lambda file: file.write(calibration.encode()),
+        "normal": _png(coded_normals(rendering.normals)),
+    }
+    for kind, path in scene_files(out, split, index).items():
+        if not path.is_file():
+            _write(path, contents[kind])
+
+
+def coded_normals(normals: np.ndarray) -> np.ndarray:
+    """The usual coding of normals (H, W, 3) in 8 bits: -1..1 is 0..255, and no normal is black."""
+    coded = np.rint((normals + 1) * 127.5).astype(np.uint8)
+    coded[~normals.any(axis=2)] = 0
+    return coded
 
 
 def calibrate(camera: Camera) -> dict[str, dict[str, float]]:
