@@ -27,8 +27,8 @@ class Rendering:
     """``image`` (H, W, 3) uint8 sRGB, ``labels`` (H, W) uint8 Cityscapes ids, ``inverse`` (H, W) float32 inverse depth
     along the optical axis in 1/m (0 in the sky, on the bonnet and the border), ``glossy`` (H, W) bool: mirrors.
 
-    ``normals`` (H, W, 3) float32: the unit normal of the shape that was hit, whatever its texture shows, in the frame of
-    the camera (x right, y down, z into the scene) and towards the camera; 0 exactly where ``inverse`` is 0.
+    ``normals`` (H, W, 3) float32: the unit normal of the shape that was hit, whatever its texture shows, in the frame
+    of the camera (x right, y down, z into the scene) and towards the camera; 0 exactly where ``inverse`` is 0.
     """
 
     image: np.ndarray
