@@ -18,17 +18,21 @@ from mtunet_dist.sources._images import check_headers, id_table, read_images
 from mtunet_dist.sources._source import RawSample, SampleFiles, match
 from mtunet_dist.tasks._task import Task
 from mtunet_dist.tasks.depth import Depth
+from mtunet_dist.tasks.normals import Normals
 from mtunet_dist.tasks.segmentation import ClassInfo, Segmentation
 
 LABEL_IDS = (*range(34), 255)  # 255: -1, the license plate, where a tool wrote it into 8 bits
 METRES = 1 / 256  # unit of stored metric depth, as in KITTI's depth PNGs
-FILES = {  # part -> folder and end of the file names
+FILES = {  # task or part -> folder and end of the file names
     "rgb": ("leftImg8bit", "_leftImg8bit.png"),
     "segmentation": ("gtFine", "_gtFine_labelIds.png"),
     "depth": ("disparity", "_disparity.png"),
+    "normals": ("normal", "_normal.png"),
     "camera": ("camera", "_camera.json"),
 }
 _NO_CAMERA = "the option depth=inverse needs no camera"
+_NO_NORMALS = "only the synthetic tree has normals, and mtunet synthesize adds them to one that was made without"
+_HINTS = {"camera": _NO_CAMERA, "normals": _NO_NORMALS}
 
 # Class -> (colour, label ids). The 7 categories as MTAN groups them: all ids of a category, evaluated or not.
 CLASSES_7: dict[str, tuple[tuple[int, int, int], range]] = {
@@ -96,6 +100,8 @@ class Cityscapes:
             disparity (p = 0), at infinity (p = 1) or beyond 256 m are invalid.
         test: also take the split test. Its labels in Cityscapes are withheld, so the files hold void only; those of
             the synthetic tree are real.
+        normals: also take surface normals from ROOT/normal, which the synthetic tree has and Cityscapes does not. They
+            are unit vectors in the frame of the camera, see ``mtunet_dist/tasks/normals.py``; the sky has none.
     """
 
     stamp = None
@@ -108,6 +114,7 @@ class Cityscapes:
         unevaluated: Literal["keep", "void"] = "keep",
         depth: Literal["metric", "inverse"] = "metric",
         test: bool = False,
+        normals: bool = False,
     ) -> None:
         self.root = root
         self._names = ("train", "val", "test") if test else ("train", "val")
@@ -117,6 +124,8 @@ class Cityscapes:
             "segmentation": Segmentation("segmentation", tuple(ids)),
             "depth": Depth.inverse_depth(1 / 65536) if self.inverse else Depth.metric_depth(METRES),
         }
+        if normals:
+            self.targets["normals"] = Normals("normals")
         mapping = {i: index for index, c in enumerate(ids) for i in ids[c] if unevaluated == "keep" or i in EVALUATED}
         self._table = id_table(mapping, void=set(LABEL_IDS) - set(mapping))
 
@@ -158,7 +167,7 @@ class Cityscapes:
         folder = self.root / top / split
         files = {path.name.removesuffix(suffix): path for path in folder.glob(f"*/*{suffix}")}
         if not files:
-            hint = f"; {_NO_CAMERA}" if part == "camera" else ""
+            hint = f"; {_HINTS[part]}" if part in _HINTS else ""
             raise InputError(f"folder {folder} is missing or holds no CITY/*{suffix}{hint}")
         return files
 
