@@ -111,6 +111,9 @@ def _there(out: Path, settings: Settings) -> DatasetInfo | None:
         return None
     info = PreparedDataset(out).info
     there, wanted = info.settings.flat(), settings.flat()
+    if info.settings.source == settings.source:
+        # An option that is younger than the dataset has its default there.
+        there = {**plugin_options("source", settings.source, {}), **there}
     keys = [key for key in {**wanted, **there} if there.get(key) != wanted.get(key)]
     different = [f"{key}={there.get(key)} instead of {wanted.get(key)}" for key in keys]
     if different:
