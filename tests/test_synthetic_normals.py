@@ -58,7 +58,8 @@ def rays(camera: Camera, u0: float | None = None) -> np.ndarray:
 
 def degrees(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The angles between unit vectors (..., 3); exact for small ones too."""
-    return np.degrees(2 * np.arcsin(np.clip(np.linalg.norm(a - b, axis=-1) / 2, 0, 1)))
+    angles: np.ndarray = np.degrees(2 * np.arcsin(np.clip(np.linalg.norm(a - b, axis=-1) / 2, 0, 1)))
+    return angles
 
 
 def alone(body: Body) -> tuple[Camera, Rendering]:
