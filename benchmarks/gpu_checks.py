@@ -27,7 +27,7 @@ from mtunet_dist.runs import checkpoint, provenance
 from mtunet_dist.synthesize import synthesize
 from mtunet_dist.synthetic.tree import Settings
 from mtunet_dist.system import records
-from steps import CLASSES, DEPTH, random_batch, training
+from steps import TASKS, random_batch, training
 from throughput import seconds
 
 DRY_SECONDS = 200.0  # the least time limit of a check on a CPU
@@ -118,7 +118,7 @@ def fp16_overflow(out: Path, dry: bool) -> Found:
     from mtunet_dist.strategies.ddp import DDPStrategy
 
     config, device = _config(out, *NARROW, "precision=fp16"), _device(dry)
-    strategy = DDPStrategy(build_step(config, CLASSES, DEPTH), config, device)
+    strategy = DDPStrategy(build_step(config, TASKS), config, device)
     before = [p.detach().clone() for p in strategy.module.parameters()]
     scale = strategy.loss_scale
     batch = random_batch(2, 128, 256, device)
@@ -238,7 +238,7 @@ def speed(out: Path, dry: bool) -> Found:
                 continue
             precision = "fp32" if dry else "bf16"
             config = _config(out, f"batch_size={batch}", f"precision={precision}", *words, *(NARROW if dry else ()))
-            train_on, data = training(config, device, CLASSES, DEPTH), random_batch(batch, *size, device)
+            train_on, data = training(config, device, TASKS), random_batch(batch, *size, device)
             rate = batch / _seconds(lambda t=train_on, d=data: t(dict(d)), 10, device)  # type: ignore[misc]
             best = max(best, rate)
             lines.append(f"{name} {batch}: {rate:.1f}")
@@ -308,7 +308,7 @@ def _seconds(work: Callable[[], object], times: int, device: torch.device) -> fl
 def _gradients(config: Config, device: torch.device) -> tuple[float, list[torch.Tensor]]:
     """The loss of one fixed batch, and all gradients, on the CPU."""
     torch.manual_seed(0)
-    step = place(build_step(config, CLASSES, DEPTH), device, config.channels_last)
+    step = place(build_step(config, TASKS), device, config.channels_last)
     torch.manual_seed(1)
     batch = {name: x.to(device) for name, x in random_batch(2, 64, 96, torch.device("cpu")).items()}
     share_valid_counts([batch], step.tasks)

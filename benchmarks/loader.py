@@ -46,8 +46,9 @@ from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.data.splits import ShardSplit
 from mtunet_dist.prepare import prepare
 from mtunet_dist.runs.provenance import environment
-from mtunet_dist.sources._images import PARTS
 from mtunet_dist.system.command import command
+from mtunet_dist.tasks.depth import Depth
+from mtunet_dist.tasks.segmentation import VOID
 
 Item = tuple[np.ndarray, np.ndarray, np.ndarray]
 CLOCK = os.sysconf("SC_CLK_TCK")
@@ -154,9 +155,16 @@ def from_webdataset(setting: Setting) -> Iterator[Any]:
     dataset = PreparedDataset(Path(setting.config.data.root))
     shards = [str(dataset.root / shard.file) for shard in dataset.split(setting.config.data.train).shards]
     samples = webdataset.WebDataset(shards, shardshuffle=len(shards), seed=0).shuffle(256)
-    batches = samples.map(Decode(dataset.info.depth.scale)).batched(setting.config.batch_size, partial=False).repeat()
+    batches = samples.map(Decode(_depth(dataset).scale)).batched(setting.config.batch_size, partial=False).repeat()
     workers = min(setting.config.data.threads, len(shards))
     return iter(webdataset.WebLoader(batches, batch_size=None, num_workers=workers))
+
+
+def _depth(dataset: PreparedDataset) -> Depth:
+    """The task depth of the dataset."""
+    task = dataset.info.targets["depth"]
+    assert isinstance(task, Depth)
+    return task
 
 
 def variants(setting: Setting, device: torch.device) -> dict[str, Callable[[Setting], Iterator[Any]]]:
@@ -188,17 +196,22 @@ def write_files(config: Config, files: Path, npy: Path) -> None:
     dataset = PreparedDataset(Path(config.data.root))
     split = dataset.split(config.data.train)
     assert isinstance(split, ShardSplit)
-    for folder in (*(files / part for part in PARTS), *(npy / part for part in ("image", "label", "depth"))):
+    depth = _depth(dataset)
+    for folder in (
+        *(files / part for part in ("rgb", "label", "depth")),
+        *(npy / part for part in ("image", "label", "depth")),
+    ):
         folder.mkdir(parents=True)
     for i in track(range(len(split)), description="writing the same images for the others", transient=True):
-        (files / "rgb" / f"{i}.jpg").write_bytes(split.parts(i)[0].tobytes())
+        (files / "rgb" / f"{i}.jpg").write_bytes(split.stored(i)["rgb"].tobytes())
         raw = split.decode(i)
-        for part, pixels in (("label", raw.label), ("depth", raw.depth)):
+        for part, pixels in (("label", raw.targets["segmentation"]), ("depth", raw.targets["depth"])):
             Image.fromarray(pixels).save(files / part / f"{i}.png")
             np.save(files / part / f"{i}.npy", pixels)
         np.save(npy / "image" / f"{i}.npy", raw.rgb / 255.0)
-        np.save(npy / "label" / f"{i}.npy", np.where(raw.label == 255, -1.0, raw.label))
-        np.save(npy / "depth" / f"{i}.npy", raw.depth[..., None] * dataset.info.depth.scale)
+        label = raw.targets["segmentation"]
+        np.save(npy / "label" / f"{i}.npy", np.where(label == VOID, -1.0, label))
+        np.save(npy / "depth" / f"{i}.npy", raw.targets["depth"][..., None] * depth.scale)
 
 
 def prepare_lossless(config: Config, out: Path) -> Path | None:
@@ -328,7 +341,7 @@ def main() -> None:
         config = load_config(None, [f"run_dir={folder}", f"data.root={args.root}", *args.overrides])
         files, npy = folder / "files", folder / "npy"
         write_files(config, files, npy)
-        scale = PreparedDataset(Path(args.root)).info.depth.scale
+        scale = _depth(PreparedDataset(Path(args.root))).scale
         setting = Setting(config, files, npy, scale, prepare_lossless(config, folder / "lossless"))
         device = distributed.pick_device(config.device)
         table = run(setting, list(variants(setting, device)), args.seconds, args.rounds)

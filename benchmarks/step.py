@@ -29,7 +29,7 @@ from mtunet_dist.errors import InputError
 from mtunet_dist.system import arguments
 from mtunet_dist.system.command import command
 from mtunet_dist.system.machine import cpus
-from steps import CLASSES, DEPTH, random_batch, training
+from steps import TASKS, random_batch, training
 from turns import Crew, Turn, about, markdown, median, take_turns
 
 PARTS = ("modes", "batches", "processes")
@@ -73,7 +73,7 @@ class Variant:
 
 def prepare_step(variant: Variant, height: int, width: int, device: torch.device) -> Callable[[], None]:
     """A training step, always on the same random batch."""
-    train_on = training(variant.config, device, CLASSES, DEPTH, reduce=variant.reduce)
+    train_on = training(variant.config, device, TASKS, reduce=variant.reduce)
     batch = random_batch(variant.config.batch_size // distributed.world_size(), height, width, device)
     return lambda: train_on(dict(batch))
 
@@ -87,7 +87,7 @@ def prepare_matmul(precision: str, size: int, device: torch.device) -> Callable[
 def flop_per_image(config: Config, height: int, width: int) -> int:
     """The FLOPs of a forward and a backward pass, counted from shapes only."""
     with torch.device("meta"):
-        model = build_step(config, CLASSES, DEPTH).model
+        model = build_step(config, TASKS).model
         image = torch.empty(1, 3, height, width)
     with FlopCounterMode(display=False) as counter:
         sum(output.sum() for output in model(image).values()).backward()

@@ -47,7 +47,7 @@ def loading(config: Config, loader: str, device: torch.device) -> Iterator[Batch
 def variants(config: Config, device: torch.device) -> dict[tuple[str, str], Work]:
     """The work to time: part of the table and variant -> one batch of it."""
     info = PreparedDataset(Path(config.data.root)).info
-    train_on = training(config, device, info.classes, info.depth)
+    train_on = training(config, device, info.tasks(config.tasks))
     loaders = {name: loading(config, name, device) for name in ("dali", "torch")}
     alone: dict[tuple[str, str], Work] = {("loading", name): partial(next, it) for name, it in loaders.items()}
     return alone | {

@@ -29,8 +29,8 @@ from mtunet_dist.data.order import EvalOrder, Plan
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.data.splits import Split
 from mtunet_dist.errors import InputError
-from mtunet_dist.schema import VOID
 from mtunet_dist.sources._source import RawSample
+from mtunet_dist.tasks.segmentation import VOID
 
 NAMED, HARMLESS, UNDETECTABLE, WRONG = "named", "harmless", "undetectable", "WRONG"
 LOADER_ONLY = "by DALI only"  # decoded, to other pixels
@@ -180,7 +180,7 @@ def outcomes(
     """What the loader makes of each training sample, by key; each is damaged. A zoom leaves pixels unjudged."""
     data, good = PreparedDataset(damaged), PreparedDataset(intact).split("train")
     split, info = data.split("train"), data.info
-    augmentation = Augmentation(info.height, info.width, info.depth.kind, scales=(1.3,)) if zoom else None
+    augmentation = Augmentation(info.height, info.width, scales=(1.3,)) if zoom else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         config = DataConfig(root="", on_error="skip", **loader)
@@ -203,8 +203,9 @@ def outcomes(
 def _judged(split: Split, i: int, good: RawSample, pixels: tuple[Tensor, ...]) -> str:
     """Of a sample that was decoded: as PIL decodes it, and as it was? Only a JPEG's pixels may differ from that."""
     image, label, depth = (x.numpy() for x in pixels)
-    scale = np.float32(split.info.depth.scale)
-    if not np.array_equal(label, good.label) or not np.array_equal(depth, good.depth * scale):
+    scale = np.float32(split.info.targets["depth"].scale)
+    same = np.array_equal(label, good.targets["segmentation"]) and np.array_equal(depth, good.targets["depth"] * scale)
+    if not same:
         return WRONG
     if np.array_equal(image, good.rgb):
         return HARMLESS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Literal
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance
+from training import TASKS
 
 from mtunet_dist.config import AugmentConfig, DataConfig, load_config
 from mtunet_dist.data.augmentation import Augmentation, Draw
@@ -18,8 +20,10 @@ from mtunet_dist.data.color import color_map
 from mtunet_dist.data.loader import make_augmentation, make_loader
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
+from mtunet_dist.data.splits import make_split
 from mtunet_dist.data.torch_augmentation import augmented
 from mtunet_dist.errors import InputError
+from mtunet_dist.tasks.depth import Depth
 
 CPU = torch.device("cpu")
 EVERYTHING = {
@@ -32,7 +36,9 @@ EVERYTHING = {
 }
 
 
-def expected(image: np.ndarray, label: np.ndarray, depth: np.ndarray, draw: Draw) -> tuple[np.ndarray, ...]:
+def expected(
+    image: np.ndarray, label: np.ndarray, depth: np.ndarray, draw: Draw, depth_factor: float
+) -> tuple[np.ndarray, ...]:
     """One sample augmented pixel by pixel: nearest in whole numbers, linear and colours in float64."""
     height, width = label.shape
     out_label, out_depth = np.empty_like(label), np.empty(label.shape)
@@ -52,7 +58,7 @@ def expected(image: np.ndarray, label: np.ndarray, depth: np.ndarray, draw: Draw
             rows = np.reshape(draw.color, (3, 4))
             pixel = np.array([row[:3] @ pixel + row[3] for row in rows])
         where = (r, width - 1 - c if draw.flip else c)
-        out_label[where], out_depth[where] = label[r_in, c_in], depth[r_in, c_in] * draw.depth_factor
+        out_label[where], out_depth[where] = label[r_in, c_in], depth[r_in, c_in] * depth_factor
         out_image[where] = pixel
     return np.clip(np.rint(out_image), 0, 255), out_label, out_depth
 
@@ -62,8 +68,10 @@ def expected(image: np.ndarray, label: np.ndarray, depth: np.ndarray, draw: Draw
 def test_loaders_give_what_the_draws_say_pixel_for_pixel(
     dataset: PreparedDataset, source: str, kind: Literal["metric", "inverse"]
 ) -> None:
-    split, order = dataset.split("train"), TrainOrder(12, batch_size=6, seed=4)
-    augmentation = Augmentation(32, 48, kind, seed=5, **EVERYTHING)  # type: ignore[arg-type]
+    task = Depth.metric_depth(0.001) if kind == "metric" else Depth.inverse_depth(0.001)
+    info = dataclasses.replace(dataset.info, targets={**dataset.info.targets, "depth": task})
+    split, order = make_split(dataset.root, info, ["train"]), TrainOrder(12, batch_size=6, seed=4)
+    augmentation = Augmentation(32, 48, seed=5, **EVERYTHING)  # type: ignore[arg-type]
     config = {
         "dali": DataConfig(root="", threads=1),
         "torch": DataConfig(root="", loader="torch", threads=0),
@@ -75,7 +83,13 @@ def test_loaders_give_what_the_draws_say_pixel_for_pixel(
     assert {d.height for d in draws} > {32}
     for n, draw in enumerate(draws):
         raw = split.decode(int(batch["sample"][n]))
-        image, label, depth = expected(raw.rgb, raw.label, raw.depth, draw)
+        image, label, depth = expected(
+            raw.rgb,
+            raw.targets["segmentation"],
+            raw.targets["depth"],
+            draw,
+            1 / draw.scale if kind == "metric" else draw.scale,
+        )
         np.testing.assert_array_equal(batch["segmentation"][n].numpy(), label)
         np.testing.assert_allclose(batch["depth"][n, 0].numpy(), depth * 0.001, rtol=1e-6)
         assert np.abs(batch["image"][n].permute(1, 2, 0).numpy() - image).max() <= 1
@@ -95,23 +109,24 @@ def test_zoom_equals_torch_where_pixel_centres_tie(size: int) -> None:
         planes = torch.stack([label.float(), depth.float()], 1)[cut]
         nearest = F.interpolate(planes, (size, size), mode="nearest-exact")[0]
         linear = F.interpolate(image.permute(0, 3, 1, 2)[cut].float(), (size, size), mode="bilinear")
-        pixels = Pixels(image.clone(), label.clone(), depth.view(torch.int16).clone())
-        out = augmented(pixels, [Draw(top, top, window, window, 1.0, False)])
-        assert torch.equal(out[1].float(), nearest[:1])
-        assert torch.equal(out[2], nearest[1:])
-        assert (out[0].permute(0, 3, 1, 2) - linear).abs().max() < 0.51
+        pixels = Pixels(image.clone(), {"segmentation": label.clone(), "depth": depth.view(torch.int16).clone()})
+        tasks = {task.name: task for task in TASKS}
+        out, targets = augmented(pixels, tasks, [Draw(top, top, window, window, 1.0, False)])
+        assert torch.equal(targets["segmentation"].float(), nearest[:1])
+        assert torch.equal(targets["depth"], nearest[1:])
+        assert (out.permute(0, 3, 1, 2) - linear).abs().max() < 0.51
 
 
 def test_draws_of_a_seed_are_those_of_the_first_version() -> None:
     """Whoever continues an old run gets its old augmentation, and colours do not disturb it."""
     old = {
-        (0, 0): (18, 34, 107, 213, 1 / 1.2, True),
+        (0, 0): (18, 34, 107, 213, 1.2, True),
         (0, 1): (0, 0, 128, 256, 1.0, True),
-        (3, 5): (12, 1, 85, 171, 1 / 1.5, True),
+        (3, 5): (12, 1, 85, 171, 1.5, True),
         (9, 100): (0, 0, 128, 256, 1.0, True),
     }
-    plain = Augmentation(128, 256, "metric", flip=True, scales=(1.0, 1.2, 1.5), seed=7)
-    colored = Augmentation(128, 256, "metric", flip=True, scales=(1.0, 1.2, 1.5), hue=0.2, seed=7)
+    plain = Augmentation(128, 256, flip=True, scales=(1.0, 1.2, 1.5), seed=7)
+    colored = Augmentation(128, 256, flip=True, scales=(1.0, 1.2, 1.5), hue=0.2, seed=7)
     for key, values in old.items():
         assert plain.draw(*key) == Draw(*values)
         draw = colored.draw(*key)
@@ -120,8 +135,8 @@ def test_draws_of_a_seed_are_those_of_the_first_version() -> None:
 
 
 def test_colours_stay_in_range_and_one_does_not_disturb_another() -> None:
-    bright = Augmentation(8, 8, "metric", brightness=0.3)
-    both = Augmentation(8, 8, "metric", brightness=0.3, saturation=0.5)
+    bright = Augmentation(8, 8, brightness=0.3)
+    both = Augmentation(8, 8, brightness=0.3, saturation=0.5)
     factors = []
     for i in range(200):
         color = np.reshape(bright.draw(0, i).color, (3, 4))  # type: ignore[arg-type]
@@ -132,7 +147,7 @@ def test_colours_stay_in_range_and_one_does_not_disturb_another() -> None:
         factors.append(factor)
     assert 0.7 <= min(factors) < 0.72 and 1.28 < max(factors) <= 1.3
     darkest = min(
-        np.reshape(Augmentation(8, 8, "metric", brightness=3.0).draw(0, i).color, (3, 4))[0, 0]  # type: ignore[arg-type]
+        np.reshape(Augmentation(8, 8, brightness=3.0).draw(0, i).color, (3, 4))[0, 0]  # type: ignore[arg-type]
         for i in range(100)
     )
     assert 0 <= darkest < 0.2
@@ -192,4 +207,4 @@ def test_config_that_augments_nothing_makes_no_augmentation(dataset: PreparedDat
         made = make_augmentation(AugmentConfig(**change), dataset.info, 3)  # type: ignore[arg-type]
         assert made is not None
         assert any(made.draw(0, i) != Draw(0, 0, 32, 48, 1.0, False) for i in range(20))
-        assert (made.seed, made.depth_kind) == (3, "metric")
+        assert made.seed == 3

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from mtunet_dist import evaluate, predict, prepare, train
+from mtunet_dist import evaluate, launch, predict, prepare, train
 from mtunet_dist.config import Config
-from mtunet_dist.launching import agent, local
+from mtunet_dist.launching import agent
 
 REPOSITORY = Path(__file__).parent.parent
 Fail = Callable[..., str]
@@ -53,6 +53,8 @@ def empty_config(tmp_path: Path) -> Path:
         ("batch_size=16", ["12 samples", "batch_size=16"]),
         ("optim.accumulate=3", ["batch_size=4", "3"]),
         ("checkpoint.best=iou", ["iou", "miou", "depth_abs"]),
+        ("tasks=[segmentation,dpeth]", ["unknown task 'dpeth'", "Did you mean 'depth'", "segmentation, depth"]),
+        ("tasks=[segmentation,normals]", ["unknown task 'normals'", "segmentation, depth"]),
         ("model.widths=[4,8]", ["widths", "4"]),
         ("weighting.name=fixed weighting.weights=[1,2,3]", ["weights", "3"]),
         ("device=cuda", ["device=cuda", "no GPU"]),
@@ -127,7 +129,7 @@ def test_more_processes_than_samples_end_with_one_line_and_no_hang(overrides: li
 
 @pytest.mark.parametrize("count", ["0", "-1"])
 def test_the_launcher_refuses_no_processes(fail: Fail, overrides: list[str], empty_config: Path, count: str) -> None:
-    assert f"--nproc={count} must be at least 1" in fail(local.main, f"--nproc={count}", empty_config, *overrides)
+    assert f"--nproc={count} must be at least 1" in fail(launch.main, f"--nproc={count}", empty_config, *overrides)
 
 
 @pytest.mark.parametrize(

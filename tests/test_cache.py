@@ -34,9 +34,7 @@ NONE = DataConfig(root="", loader="torch", threads=0)
 
 def augmented(dataset: PreparedDataset) -> Augmentation:
     info = dataset.info
-    return Augmentation(
-        info.height, info.width, info.depth.kind, flip=True, scales=(1.0, 1.5), brightness=0.3, hue=0.1, seed=2
-    )
+    return Augmentation(info.height, info.width, flip=True, scales=(1.0, 1.5), brightness=0.3, hue=0.1, seed=2)
 
 
 def take(config: DataConfig, dataset: PreparedDataset, order: Order, n: int, *, start: int = 0) -> list[Batch]:

@@ -21,11 +21,12 @@ from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError
 from mtunet_dist.prepare import prepare
 from mtunet_dist.runs.evaluation import Evaluation
-from mtunet_dist.schema import MOST_CLASSES, VOID, ClassInfo, class_problem
+from mtunet_dist.sources import nyuv2
 from mtunet_dist.sources._nyuv2 import CLASSES_40
 from mtunet_dist.sources.cityscapes import class_set
 from mtunet_dist.sources.folder import Folder
 from mtunet_dist.sources.nyuv2 import CLASSES, NYUv2
+from mtunet_dist.tasks.segmentation import MOST_CLASSES, VOID, ClassInfo, Segmentation, class_problem
 
 ODD = ["[void]", ":car:", "[/red]", "back\\", "$\\oops$", "Straße", "a|b", "{x}"]
 BAD = [
@@ -43,6 +44,19 @@ BAD = [
 
 def infos(names: list[str]) -> tuple[ClassInfo, ...]:
     return tuple(ClassInfo(name, (1, 2, 3)) for name in names)
+
+
+def other_classes(classes: tuple[ClassInfo, ...]) -> type[NYUv2]:
+    """A source like NYUv2 with these classes."""
+
+    class Other(NYUv2):
+        __doc__ = NYUv2.__doc__
+
+        def __init__(self, root: Path, *, val: bool = True) -> None:
+            super().__init__(root, val=val)
+            self.targets["segmentation"] = Segmentation("segmentation", classes)
+
+    return Other
 
 
 def make_source(root: Path, description: object, label: np.ndarray) -> Path:
@@ -69,7 +83,7 @@ def test_bad_classes_are_refused_for_every_source(
     with pytest.raises(InputError, match=r"dataset\.yaml: ") as error:
         Folder(root)
     assert words in str(error.value)
-    monkeypatch.setattr(NYUv2, "classes", infos(names))  # one of those that come with classes of their own
+    monkeypatch.setattr(nyuv2, "PLUGIN", other_classes(infos(names)))  # it comes with classes of its own
     with pytest.raises(InputError, match="source 'nyuv2' at ") as error:
         prepare("nyuv2", root, tmp_path / "out", workers=0)
     assert words in str(error.value) and not (tmp_path / "out").exists()
@@ -88,7 +102,7 @@ def test_a_dataset_that_was_prepared_with_such_classes_is_refused(
 ) -> None:
     copy = Path(shutil.copytree(prepared, tmp_path / "copy"))
     value = json.loads((copy / "dataset.json").read_text())
-    value["classes"] = [{"name": name, "color": [1, 2, 3]} for name in names]
+    value["targets"]["segmentation"]["classes"] = [{"name": name, "color": [1, 2, 3]} for name in names]
     (copy / "dataset.json").write_text(json.dumps(value))
     with pytest.raises(InputError, match=r"dataset\.json: .*class.*prepare it again"):
         PreparedDataset(copy)
@@ -102,9 +116,10 @@ def test_255_classes_are_kept_apart_from_void(tmp_path: Path) -> None:
             tmp_path / f"s{offset}", {"classes": names, "label_offset": offset, "void_ids": [void]}, label
         )
         made = prepare("folder", root, tmp_path / f"out{offset}", height=16, width=16, workers=0)
-        stored = made.split("train").decode(0).label
+        stored = made.split("train").decode(0).targets["segmentation"]
         assert stored.ravel().tolist() == [VOID if value == void else value - offset for value in range(256)]
-        assert made.info.splits["train"].class_pixels == (1,) * 255 and made.info.splits["train"].void_pixels == 1
+        counts = made.info.splits["train"].targets["segmentation"]
+        assert (counts["classes"], counts["pixels"] - counts["valid"]) == ([1] * 255, 1)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +155,7 @@ def _dataset_table(dataset: PreparedDataset) -> object:
 
 
 def _evaluation_table(dataset: PreparedDataset) -> object:
-    names = [c.name for c in dataset.info.classes]
+    names = [c.name for c in dataset.info.targets["segmentation"].classes]
     return evaluate.table(f"{dataset.root}", {"trained": Evaluation(1, {"miou": 0.5}, dict.fromkeys(names, 0.25))})
 
 

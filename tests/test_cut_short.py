@@ -69,14 +69,14 @@ source.check(sample)
 rgb = mtan._rgb
 
 def cut(image, name):
-    for part in (sample.rgb, sample.label, sample.depth):
+    for part in (sample.rgb, sample.targets["segmentation"], sample.targets["depth"]):
         with part.open("r+b") as file:
             file.truncate(200)
     return rgb(image, name)
 
 mtan._rgb = cut
 try:
-    print("read", source.read(sample).depth.shape)
+    print("read", source.read(sample).targets["depth"].shape)
     source.read(sample)
 except InputError as error:
     print("error:", error)

@@ -21,9 +21,11 @@ import numpy as np
 import pytest
 from damage import CPU, HARMLESS, LOADER_ONLY, MODES, NAMED, UNDETECTABLE, WRONG, Damage
 from PIL import Image
+from training import TASKS
 
 from mtunet_dist.config import DataConfig
 from mtunet_dist.data.dali import DaliLoader
+from mtunet_dist.data.info import Settings
 from mtunet_dist.data.loader import make_loader
 from mtunet_dist.data.order import EvalOrder
 from mtunet_dist.data.prepared import PreparedDataset, verify
@@ -31,9 +33,9 @@ from mtunet_dist.data.shard_builder import encode_sample
 from mtunet_dist.data.shards import RgbFormat
 from mtunet_dist.errors import InputError
 from mtunet_dist.prepare import prepare
-from mtunet_dist.schema import VOID
 from mtunet_dist.sources._source import RawSample
 from mtunet_dist.sources.folder import Folder
+from mtunet_dist.tasks.segmentation import VOID
 
 HEIGHT, WIDTH = 32, 48
 PATIENCE_S = 100  # of the tests with a process; a single file may take 5
@@ -179,10 +181,12 @@ class Shards:
 
     def __init__(self, folder: Path, rgb_format: RgbFormat) -> None:
         pixels = scene()
-        sample = encode_sample("x", RawSample(pixels["rgb png"], pixels["label"], pixels["depth"]), rgb_format, "png")
-        members = {f"rgb {rgb_format}": sample.rgb}
+        raw = RawSample(pixels["rgb png"], {"segmentation": pixels["label"], "depth": pixels["depth"]})
+        settings = Settings("folder", "", {}, HEIGHT, WIDTH, rgb_format, "png", 8)
+        parts = encode_sample("x", raw, {task.name: task for task in TASKS}, settings).parts
+        members = {f"rgb {rgb_format}": parts["rgb"][1]}
         if rgb_format == "jpeg":
-            members |= {"label": sample.label, "depth": sample.depth}
+            members |= {"label": parts["segmentation"][1], "depth": parts["depth"][1]}
         random = np.random.default_rng(2)
         self.damages = keyed(
             (part, d) for part, data in members.items() for d in damage.member_damages(part, data, pixels[part], random)
@@ -203,7 +207,8 @@ class Shards:
 
     def span(self, key: str) -> slice:
         """Where in its shard the damaged part is."""
-        offset, size = self.index[self.damages[key][0].split()[0]][self.index["keys"].index(key)]
+        part = self.damages[key][0].split()[0].replace("label", "segmentation")
+        offset, size = self.index["spans"][part][self.index["keys"].index(key)]
         return slice(offset, offset + size)
 
     def shard_with(self, key: str) -> tuple[Path, bytes]:

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from training import MakeConfig, assert_same_state, copy_as_of, final_state, on_two_ranks, records, train_each
+from training import TASKS, MakeConfig, assert_same_state, copy_as_of, final_state, on_two_ranks, records, train_each
 
 from mtunet_dist import distributed, plugins
 from mtunet_dist.config import load_config
 from mtunet_dist.core.step import Batch, MultiTaskStep, build_step, share_valid_counts
 from mtunet_dist.errors import InputError
-from mtunet_dist.schema import ClassInfo, DepthInfo
 from mtunet_dist.strategies._loss_scale import LossScale
 from mtunet_dist.strategies._strategy import Strategy
 
@@ -63,8 +62,7 @@ def make_strategy(name: str, folder: Path, *overrides: str) -> Strategy:
         words += zero(int(name.removeprefix("zero")), folder)
     config = load_config(None, [*words, *overrides])
     torch.manual_seed(0)
-    classes = [ClassInfo(name, (0, 0, 0)) for name in "abc"]
-    built = build_step(config, classes, DepthInfo("metric", "metre", 0.001))
+    built = build_step(config, TASKS)
     step = MultiTaskStep(built.model, built.tasks, TwoWeights(), config.precision)
     strategy: Strategy = plugins.build("strategy", config.strategy, step, config, CPU)
     for module in strategy.module.modules():

@@ -122,7 +122,7 @@ def test_the_best_of_both_tasks_is_that_of_segmentation_unless_said(make_config:
 def test_a_split_that_cannot_judge_a_task_is_said(make_config: MakeConfig, make_data: Callable[..., Path]) -> None:
     config = make_config(f"data.root={make_data(without='label', split='val')}", "batch_size=2", "epochs=1")
     with pytest.warns(
-        UserWarning, match="the split 'val' has no labelled pixel: the metrics of 'segmentation' are not"
+        UserWarning, match="the split 'val' has no pixel with a label: the metrics of 'segmentation' are not"
     ):
         train(config)
     assert not (Path(config.run_dir) / "checkpoints" / "best.pt").exists()

@@ -21,13 +21,13 @@ from mtunet_dist import distributed, plugins
 from mtunet_dist import evaluate as evaluation
 from mtunet_dist import export as exporting
 from mtunet_dist import predict as prediction
-from mtunet_dist.baselines import ConstantPredictor
 from mtunet_dist.config import Config, config_from_text
 from mtunet_dist.config.typed_yaml import to_yaml
-from mtunet_dist.core.step import build_step, make_tasks
+from mtunet_dist.core.step import build_step
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError
 from mtunet_dist.runs import checkpoint
+from mtunet_dist.runs.baselines import ConstantPredictor
 from mtunet_dist.runs.evaluation import Evaluation, eval_loader, evaluate, metric_names
 from mtunet_dist.runs.loading import load_step
 from mtunet_dist.train import train
@@ -40,7 +40,7 @@ def evaluated(config: Config) -> Evaluation:
     """Metrics of an untrained network, the same in every process."""
     dataset = PreparedDataset(Path(config.data.root))
     torch.manual_seed(0)
-    step = build_step(config, dataset.info.classes, dataset.info.depth).eval()
+    step = build_step(config, dataset.info.tasks(config.tasks)).eval()
     return evaluate(step, eval_loader(config, dataset.split("train+val"), CPU), CPU)
 
 
@@ -69,7 +69,7 @@ def test_metrics_hold_both_families(make_config: MakeConfig) -> None:
 
 
 def test_metric_names_are_those_that_evaluate_gives(make_config: MakeConfig, dataset: PreparedDataset) -> None:
-    tasks = make_tasks(("segmentation", "depth"), dataset.info.classes, dataset.info.depth)
+    tasks = dataset.info.tasks(["segmentation", "depth"])
     assert set(metric_names(tasks)) == evaluated(make_config()).metrics.keys()
 
 
@@ -84,15 +84,15 @@ def test_constant_predictor_has_the_figures_that_counting_gives(
     dataset: PreparedDataset, make_config: MakeConfig
 ) -> None:
     train_split, val = dataset.split("train"), dataset.split("val")
-    labels = np.concatenate([train_split.decode(i).label.ravel() for i in range(12)])
-    depths = np.concatenate([train_split.decode(i).depth.ravel() for i in range(12)])
+    labels = np.concatenate([train_split.decode(i).targets["segmentation"].ravel() for i in range(12)])
+    depths = np.concatenate([train_split.decode(i).targets["depth"].ravel() for i in range(12)])
     most_frequent = np.bincount(labels[labels != 255]).argmax()
     median = np.median(depths[depths > 0]) * 0.001
-    tasks = make_tasks(("segmentation", "depth"), dataset.info.classes, dataset.info.depth)
+    tasks = dataset.info.tasks(["segmentation", "depth"])
     result = evaluate(ConstantPredictor(tasks, train_split), eval_loader(make_config(), val, CPU), CPU)
 
-    label = np.concatenate([val.decode(i).label.ravel() for i in range(5)])
-    depth = np.concatenate([val.decode(i).depth.ravel() for i in range(5)]) * 0.001
+    label = np.concatenate([val.decode(i).targets["segmentation"].ravel() for i in range(5)])
+    depth = np.concatenate([val.decode(i).targets["depth"].ravel() for i in range(5)]) * 0.001
     share = (label[label != 255] == most_frequent).mean()
     assert result.metrics["accuracy"] == pytest.approx(share)
     assert result.metrics["miou"] == pytest.approx(share / 3)
@@ -190,7 +190,7 @@ def test_exported_weights_and_their_metadata_are_enough_to_predict(
     with safe_open(out, "pt") as file:
         metadata = file.metadata()
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    outputs = {"segmentation": len(json.loads(metadata["dataset"])["classes"]), "depth": 1}
+    outputs = {"segmentation": len(json.loads(metadata["dataset"])["targets"]["segmentation"]["classes"]), "depth": 1}
     model = plugins.build("model", config_from_text(metadata["config"]).model, outputs).eval()
     model.load_state_dict(weights)
     image = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from training import TASKS
 
 from mtunet_dist import predict
 from mtunet_dist.config import Config, DataConfig
@@ -19,10 +20,13 @@ from mtunet_dist.data.loader import make_loader
 from mtunet_dist.data.order import EvalOrder
 from mtunet_dist.errors import InputError
 from mtunet_dist.prepare import prepare
-from mtunet_dist.sources._images import PARTS, Part, check_headers, decode, read_images
+from mtunet_dist.sources._images import RGB, check_headers, decode, read_images
 from mtunet_dist.sources._source import SampleFiles
+from mtunet_dist.tasks.depth import Depth
+from mtunet_dist.tasks.segmentation import Segmentation
 from mtunet_dist.train import train
 
+PARTS = {"rgb": RGB, "label": Segmentation.IMAGE, "depth": Depth.IMAGE}
 ORIENTATION = 0x0112
 ORIENTATIONS = range(1, 9)
 HEIGHT, WIDTH = 32, 48  # as shown
@@ -54,7 +58,7 @@ def near(a: np.ndarray, b: np.ndarray) -> bool:
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("orientation", [*ORIENTATIONS, 0, 9])
-def test_every_part_is_read_as_pil_would_show_it(part: Part, orientation: int) -> None:
+def test_every_part_is_read_as_pil_would_show_it(part: str, orientation: int) -> None:
     random = np.random.default_rng(0)
     dtype, shape = (np.uint16, (4, 6)) if part == "depth" else (np.uint8, (4, 6, 3)[: 3 if part == "rgb" else 2])
     pixels = random.integers(0, 256, shape).astype(dtype)
@@ -62,7 +66,7 @@ def test_every_part_is_read_as_pil_would_show_it(part: Part, orientation: int) -
     exif[ORIENTATION] = orientation
     Image.fromarray(pixels).save(file, "PNG", exif=exif)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(file))).astype(dtype)
-    found = decode(file.getvalue(), part, "x")
+    found = decode(file.getvalue(), PARTS[part], "x")
     assert found.dtype == dtype and found.flags.c_contiguous
     np.testing.assert_array_equal(found, expected)
 
@@ -97,15 +101,15 @@ def test_a_turned_photo_is_prepared_and_trained_on_as_its_label_lies(
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_sizes_are_compared_as_shown(tmp_path: Path, file_format: str, orientation: int) -> None:
     def check_and_read() -> None:
-        check_headers(sample)
-        read_images(sample, np.zeros(256, dtype=np.int16))
+        check_headers(sample, targets)
+        read_images(sample, targets, {"segmentation": np.zeros(256, dtype=np.int16)})
 
-    sample = SampleFiles("x", tmp_path / "x.img", tmp_path / "x.png")
+    targets = {task.name: task for task in TASKS}
+    sample = SampleFiles("x", tmp_path / "x.img", {"segmentation": tmp_path / "x.png"})
     sample.rgb.write_bytes(stored(shown(), orientation, file_format))
-    assert sample.label is not None
-    Image.fromarray(np.zeros((HEIGHT, WIDTH), dtype=np.uint8)).save(sample.label)
+    Image.fromarray(np.zeros((HEIGHT, WIDTH), dtype=np.uint8)).save(sample.targets["segmentation"])
     check_and_read()
-    Image.fromarray(np.zeros((WIDTH, HEIGHT), dtype=np.uint8)).save(sample.label)
+    Image.fromarray(np.zeros((WIDTH, HEIGHT), dtype=np.uint8)).save(sample.targets["segmentation"])
     with pytest.raises(InputError, match="rgb 48x32, label 32x48, each turned as its EXIF orientation says"):
         check_and_read()
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from nvidia.dali import backend, pipeline_def
-from training import MakeConfig
+from training import TASKS, MakeConfig
 
 from mtunet_dist import distributed, plugins
 from mtunet_dist.config import DaliConfig, load_config
@@ -27,6 +27,7 @@ from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.data.sending import Loans
 from mtunet_dist.errors import PreemptedError
 from mtunet_dist.strategies._deepspeed_settings import settings
+from mtunet_dist.tasks.normals import Normals
 from mtunet_dist.train import train
 
 FAKE_CUDA = Path(__file__).parent / "fake_cuda"
@@ -81,10 +82,10 @@ def test_batches_on_a_gpu_are_copies_and_dalis_memory_lives_until_they_are_made(
     def outputs(self: DaliLoader, start: int) -> Iterator[list[dict[str, torch.Tensor]]]:
         for i in range(3):
             made = {
-                "image": torch.full((2, 4, 4, 3), i, dtype=torch.uint8),
-                "label": torch.full((2, 4, 4, 1), i, dtype=torch.uint8),
-                "depth": torch.full((2, 4, 4, 1), float(i)),
-                "depth_scale": torch.ones(2),
+                "part/rgb": torch.full((2, 4, 4, 3), i, dtype=torch.uint8),
+                "part/segmentation": torch.full((2, 4, 4, 1), i, dtype=torch.uint8),
+                "part/depth": torch.full((2, 4, 4, 1), float(i)),
+                "factors/depth": torch.ones(2, 1),
                 "sample": torch.arange(2),
             }
             views.append({name: weakref.ref(x) for name, x in made.items()})
@@ -110,13 +111,16 @@ def test_batches_on_a_gpu_are_copies_and_dalis_memory_lives_until_they_are_made(
 def test_every_graph_of_dali_can_be_built(on_gpu: bool) -> None:
     """Serialised, which checks operators and arguments; to run them takes a driver."""
     switches = itertools.product((False, True), repeat=5)
+    tasks = {task.name: task for task in (*TASKS, Normals("normals"))}
     for rgb, targets, zooms, colors, flips in switches:
         if targets and not rgb:
             continue  # nobody stores that
         pipeline = pipeline_def(_graph)(
             lambda info: [],
+            tasks=tasks,
+            multiplied=["depth", "normals"],
             size=(32, 48),
-            encoded=(rgb, targets),
+            encoded={"rgb": rgb, "segmentation": targets, "depth": targets, "normals": False},
             zooms=zooms,
             colors=colors,
             flips=flips,

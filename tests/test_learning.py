@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from mtunet_dist import plugins
-from mtunet_dist.core.step import Batch, MultiTaskStep, make_tasks
+from mtunet_dist.core.step import Batch, MultiTaskStep
 from mtunet_dist.data.order import EvalOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.data.torch_loader import TorchLoader
 from mtunet_dist.prepare import prepare
-from mtunet_dist.schema import VOID
 from mtunet_dist.synthesize import synthesize
 from mtunet_dist.synthetic.tree import Settings
+from mtunet_dist.tasks.segmentation import VOID
 from mtunet_dist.weightings.fixed import FixedWeighting
 
 NAMES = ["segmentation", "depth"]
@@ -54,7 +54,7 @@ def test_eight_scenes_are_learned_by_heart(name: str, streets: PreparedDataset) 
     batch = next(TorchLoader(streets.split("train"), EvalOrder(8, batch_size=8), torch.device("cpu")).batches())
     known = batch["depth"][batch["depth"] > 0]
     by_a_constant = (known - known.median()).abs().mean().item()
-    tasks = make_tasks(NAMES, streets.info.classes, streets.info.depth)
+    tasks = streets.info.tasks(NAMES)
     lr, options = settings(name)
     model = plugins.find("model", name)({task.name: task.channels for task in tasks}, **options)
     step = MultiTaskStep(model, tasks, FixedWeighting(NAMES, weights=(1.0, 0.05)))  # metres are large numbers

@@ -20,18 +20,18 @@ import torch
 from nvidia.dali import fn, pipeline_def
 from training import final_state, on_two_ranks, records, train_each
 
-from mtunet_dist.baselines import ConstantPredictor
-from mtunet_dist.config import TASKS, Config, DaliConfig, DataConfig
-from mtunet_dist.core.step import Batch, make_tasks
+from mtunet_dist.config import Config, DaliConfig, DataConfig
+from mtunet_dist.core.step import Batch
 from mtunet_dist.data.augmentation import Augmentation
 from mtunet_dist.data.dali import DaliLoader, _mixed_options
 from mtunet_dist.data.loader import make_loader
 from mtunet_dist.data.order import EvalOrder, Order, Plan, TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError
+from mtunet_dist.runs.baselines import ConstantPredictor
 from mtunet_dist.runs.evaluation import evaluate
-from mtunet_dist.schema import VOID
 from mtunet_dist.system.preemption import SIGNALS
+from mtunet_dist.tasks.segmentation import VOID
 from mtunet_dist.train import train
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def take(
 
 def augmented(dataset: PreparedDataset) -> Augmentation:
     info = dataset.info
-    return Augmentation(info.height, info.width, info.depth.kind, flip=True, scales=(1.0, 1.2, 1.5), seed=3)
+    return Augmentation(info.height, info.width, flip=True, scales=(1.0, 1.2, 1.5), seed=3)
 
 
 def assert_equal(a: Batch, b: Batch, image_tolerance: int = 0) -> None:
@@ -89,8 +89,8 @@ def test_dali_gives_what_is_stored(dataset: PreparedDataset) -> None:
         for n, i in enumerate(batch["sample"].tolist()):
             raw = split.decode(i)
             assert torch.equal(batch["image"][n], torch.from_numpy(raw.rgb.copy()).permute(2, 0, 1))
-            assert torch.equal(batch["segmentation"][n], torch.from_numpy(raw.label.copy()))
-            expected = torch.from_numpy(raw.depth.astype("float32")) * torch.tensor(0.001)
+            assert torch.equal(batch["segmentation"][n], torch.from_numpy(raw.targets["segmentation"].copy()))
+            expected = torch.from_numpy(raw.targets["depth"].astype("float32")) * torch.tensor(0.001)
             assert torch.equal(batch["depth"][n, 0], expected)
 
 
@@ -107,7 +107,7 @@ AUGMENTATIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_loaders_agree(dataset: PreparedDataset, name: str) -> None:
     info, order = dataset.info, TrainOrder(12, batch_size=4, seed=1)
-    augmentation = Augmentation(info.height, info.width, info.depth.kind, seed=3, **AUGMENTATIONS[name])
+    augmentation = Augmentation(info.height, info.width, seed=3, **AUGMENTATIONS[name])
     used = augmentation if augmentation.changes else None
     dali, torch_, cached = (take(dataset, loader, order, 9, augmentation=used) for loader in LOADERS)
     # Linear interpolation and colours are rounded differently.
@@ -164,10 +164,10 @@ def test_a_loader_can_be_iterated_again(dataset: PreparedDataset) -> None:
 
 
 def broken_copy(dataset: PreparedDataset, folder: Path, broken: dict[int, str]) -> PreparedDataset:
-    """A copy of the dataset in which these training samples have a broken rgb, label or depth."""
+    """A copy of the dataset in which these training samples have a broken part."""
     copy = shutil.copytree(dataset.root, folder / "copy")
     for i, part in broken.items():
-        data = dataset.split("train").parts(i)[("rgb", "label", "depth").index(part)].tobytes()
+        data = dataset.split("train").stored(i)[part].tobytes()
         shard = copy / f"train-{i // 4:05d}.tar"
         keep = 0 if part == "rgb" else 45  # bytes; DALI finds the one by the header, the other when decoding
         shard.write_bytes(shard.read_bytes().replace(data, data[:keep] + bytes(len(data) - keep)))
@@ -195,7 +195,7 @@ def test_broken_samples_are_skipped_and_all_else_stays_in_place(
     """One in the first batch, two in the next, and a batch with nothing good; over two epochs, with augmentation."""
     order, augmentation = TrainOrder(12, batch_size=4, seed=1), augmented(dataset)
     first, second, third = (order.plan(i).samples.tolist() for i in range(3))
-    parts = itertools.cycle(["rgb", "label", "depth"])
+    parts = itertools.cycle(["rgb", "segmentation", "depth"])
     broken = dict(zip([first[0], second[1], second[3], *third], parts, strict=False))
     copy = broken_copy(dataset, tmp_path, broken)
     config = config_of(loader, on_error="skip", prefetch=prefetch)
@@ -237,7 +237,7 @@ def test_skipped_samples_add_nothing_to_metrics_and_losses(
 ) -> None:
     """Evaluating with two broken samples gives the figures of the other ten."""
     copy = broken_copy(dataset, tmp_path, {5: "depth", 9: "rgb"})
-    split, tasks = copy.split("train"), make_tasks(TASKS, dataset.info.classes, dataset.info.depth)
+    split, tasks = copy.split("train"), dataset.info.tasks(["segmentation", "depth"])
     predictor = ConstantPredictor(tasks, split, "skip")
     config = config_of(loader, on_error="skip")
     with pytest.warns(UserWarning, match="skipped"):

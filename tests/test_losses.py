@@ -1,4 +1,7 @@
-"""Losses: closed-form values, masking, and gradients that stay finite whatever lies under the mask."""
+"""Losses: closed-form values, masking, and gradients that stay finite whatever lies under the mask.
+
+What every task's loss must do is in ``test_tasks.py``.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mtunet_dist.losses import depth_loss, masked_mean, segmentation_loss
-from mtunet_dist.schema import VOID
+from mtunet_dist.core.step import _mean as masked_mean
+from mtunet_dist.tasks.depth import Depth
+from mtunet_dist.tasks.normals import Normals
+from mtunet_dist.tasks.segmentation import VOID, Segmentation
 
 NAN, INF = math.nan, math.inf
+segmentation_loss = Segmentation("segmentation", ()).loss
+depth_loss = Depth.metric_depth(0.001).loss
+normal_loss = Normals("normals").loss
 
 
 def generator() -> torch.Generator:
@@ -33,12 +41,24 @@ def test_l1_closed_form() -> None:
     assert (total.item(), count.item()) == (5.0, 2)
 
 
+def test_one_minus_cosine_closed_form() -> None:
+    target = torch.tensor([[0.0, 0.0, -1.0], [0.6, 0.0, -0.8], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    prediction = torch.tensor([[0.0, 0.0, -5.0], [0.0, 0.0, -0.5], [0.0, -3.0, 0.0], [1.0, 2.0, 3.0]])
+    total, count = normal_loss(prediction.T.reshape(1, 3, 1, 4), target.T.reshape(1, 3, 1, 4))
+    assert total.item() == pytest.approx(0 + (1 - 0.8) + 2)  # the same direction, an angle, the opposite direction
+    assert count.item() == 3
+
+
 def test_equal_torch_when_all_is_valid() -> None:
     g = generator()
     logits, label = torch.randn(2, 5, 4, 6, generator=g), torch.randint(5, (2, 4, 6), generator=g, dtype=torch.uint8)
     torch.testing.assert_close(masked_mean(*segmentation_loss(logits, label)), F.cross_entropy(logits, label.long()))
     prediction, depth = torch.randn(2, 1, 4, 6, generator=g), torch.rand(2, 1, 4, 6, generator=g) + 0.1
     torch.testing.assert_close(masked_mean(*depth_loss(prediction, depth)), F.l1_loss(prediction, depth))
+    vectors = torch.randn(2, 3, 4, 6, generator=g)
+    normals = F.normalize(torch.randn(2, 3, 4, 6, generator=g), dim=1)
+    expected = 1 - F.cosine_similarity(vectors, normals, dim=1).mean()
+    torch.testing.assert_close(masked_mean(*normal_loss(vectors, normals)), expected)
 
 
 def test_masked_pixels_do_not_count() -> None:
@@ -79,6 +99,7 @@ def test_bad_values_at_invalid_pixels_leave_the_valid_gradient_alone() -> None:
 def test_bad_prediction_at_a_valid_pixel_is_not_hidden() -> None:
     assert segmentation_loss(torch.full((1, 2, 1, 1), NAN), torch.zeros(1, 1, 1, dtype=torch.uint8))[0].isnan()
     assert depth_loss(torch.full((1, 1, 1, 1), INF), torch.ones(1, 1, 1, 1))[0].isinf()
+    assert normal_loss(torch.full((1, 3, 1, 1), NAN), torch.ones(1, 3, 1, 1))[0].isnan()
 
 
 def test_bfloat16_is_computed_in_float32() -> None:
@@ -92,11 +113,16 @@ def test_bfloat16_is_computed_in_float32() -> None:
     total, _ = depth_loss(logits[:, :1], depth)
     assert total.dtype == torch.float32
     assert torch.equal(total, depth_loss(logits[:, :1].float(), depth)[0])
+    normals = F.normalize(torch.randn(1, 3, 16, 16, generator=g), dim=1)
+    total, _ = normal_loss(logits[:, :3], normals)
+    assert total.dtype == torch.float32
+    assert torch.equal(total, normal_loss(logits[:, :3].float(), normals)[0])
 
 
 def test_shapes_that_would_broadcast_are_caught() -> None:
-    with pytest.raises(AssertionError):
-        depth_loss(torch.ones(2, 1, 4, 4), torch.ones(2, 4, 4))
+    for loss, channels in ((depth_loss, 1), (normal_loss, 3)):
+        with pytest.raises(AssertionError):
+            loss(torch.ones(2, channels, 4, 4), torch.ones(2, 4, 4))
 
 
 def test_losses_never_wait_for_the_device() -> None:
@@ -104,3 +130,4 @@ def test_losses_never_wait_for_the_device() -> None:
     image = torch.empty(2, 1, 4, 4, device="meta")
     assert masked_mean(*segmentation_loss(image.expand(2, 3, 4, 4), image[:, 0].byte())).is_meta
     assert masked_mean(*depth_loss(image, image)).is_meta
+    assert masked_mean(*normal_loss(image.expand(2, 3, 4, 4), image.expand(2, 3, 4, 4))).is_meta

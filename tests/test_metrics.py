@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtunet_dist.metrics import DepthMetric, SegmentationMetric, higher_is_better
-from mtunet_dist.schema import VOID
+from mtunet_dist.core.comparison import higher_is_better
+from mtunet_dist.tasks.depth import DepthMetric
+from mtunet_dist.tasks.segmentation import VOID, SegmentationMetric
 
 CLASSES = 4
+NAMES = ["a", "b", "c", "d"]
 Batches = list[tuple[Tensor, Tensor]]
 
 
@@ -63,7 +65,7 @@ def slow_iou(prediction: np.ndarray, label: np.ndarray) -> tuple[list[float], fl
 
 
 def test_segmentation_by_hand() -> None:
-    metric = SegmentationMetric(4, "cpu")
+    metric = SegmentationMetric(NAMES, "cpu")
     # Image 1: IoU 1/2, 2/3 and accuracy 3/4 (one pixel void). Image 2: IoU of class 2 is 1, accuracy 1.
     prediction = [[[0, 1, 1, 1, 2]], [[2, 2, 3, 3, 3]]]
     label = [[[0, 0, 1, 1, VOID]], [[2, 2, VOID, VOID, VOID]]]
@@ -76,7 +78,7 @@ def test_segmentation_by_hand() -> None:
             "legacy/accuracy": (3 / 4 + 1) / 2,
         }
     )
-    assert metric.iou_per_class() == pytest.approx([1 / 2, 2 / 3, 1.0, math.nan], nan_ok=True)
+    assert metric.per_class() == pytest.approx({"a": 1 / 2, "b": 2 / 3, "c": 1.0, "d": math.nan}, nan_ok=True)
 
 
 def test_depth_by_hand() -> None:
@@ -97,7 +99,7 @@ def test_depth_by_hand() -> None:
 
 
 def test_segmentation_equals_slow_loops() -> None:
-    metric = SegmentationMetric(CLASSES, "cpu")
+    metric = SegmentationMetric(NAMES, "cpu")
     predictions, labels = [], []
     for scores, label in segmentation_batches():
         metric.update(scores, label)
@@ -115,7 +117,7 @@ def test_segmentation_equals_slow_loops() -> None:
         },
         rel=1e-12,
     )
-    assert metric.iou_per_class() == pytest.approx([*ious, math.nan], nan_ok=True)
+    assert list(metric.per_class().values()) == pytest.approx([*ious, math.nan], nan_ok=True)
 
 
 def test_depth_equals_slow_loops() -> None:
@@ -148,7 +150,7 @@ def test_depth_equals_slow_loops() -> None:
 def test_sum_of_two_parts_equals_the_whole(kind: str) -> None:
     batches = segmentation_batches() if kind == "segmentation" else depth_batches()
     whole, part, rest = (
-        SegmentationMetric(CLASSES, "cpu") if kind == "segmentation" else DepthMetric("cpu") for _ in range(3)
+        SegmentationMetric(NAMES, "cpu") if kind == "segmentation" else DepthMetric("cpu") for _ in range(3)
     )
     for i, batch in enumerate(batches):
         whole.update(*batch)
@@ -164,10 +166,10 @@ def test_sum_of_two_parts_equals_the_whole(kind: str) -> None:
 
 
 def test_nothing_valid_gives_nan() -> None:
-    segmentation, depth = SegmentationMetric(CLASSES, "cpu"), DepthMetric("cpu")
+    segmentation, depth = SegmentationMetric(NAMES, "cpu"), DepthMetric("cpu")
     for _ in range(2):  # before any update, and after one without a valid pixel
         assert all(math.isnan(v) for v in [*segmentation.compute().values(), *depth.compute().values()])
-        assert all(math.isnan(v) for v in segmentation.iou_per_class())
+        assert all(math.isnan(v) for v in segmentation.per_class().values())
         segmentation.update(torch.randn(1, CLASSES, 2, 2), torch.full((1, 2, 2), VOID, dtype=torch.uint8))
         depth.update(torch.randn(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
 
@@ -175,20 +177,20 @@ def test_nothing_valid_gives_nan() -> None:
 def test_low_precision_inputs_and_channels_last_count_the_same() -> None:
     scores, label = segmentation_batches()[0]
     scores = scores.bfloat16()
-    a, b = SegmentationMetric(CLASSES, "cpu"), SegmentationMetric(CLASSES, "cpu")
+    a, b = SegmentationMetric(NAMES, "cpu"), SegmentationMetric(NAMES, "cpu")
     a.update(scores, label)
     b.update(scores.float().contiguous(memory_format=torch.channels_last), label)
     assert a.compute() == b.compute()
 
 
 def test_shares_are_to_be_high_and_errors_low() -> None:
-    names = {*SegmentationMetric(CLASSES, "cpu").compute(), *DepthMetric("cpu").compute(), "loss/depth"}
+    names = {*SegmentationMetric(NAMES, "cpu").compute(), *DepthMetric("cpu").compute(), "loss/depth"}
     high = {"miou", "accuracy", "legacy/miou", "legacy/accuracy", "depth_delta1"}
     assert {name for name in names if higher_is_better(name)} == high
 
 
 def test_update_never_waits_for_the_device() -> None:
     # Meta tensors have no values, so .item(), a boolean index or bincount would raise.
-    segmentation, depth = SegmentationMetric(CLASSES, "meta"), DepthMetric("meta")
+    segmentation, depth = SegmentationMetric(NAMES, "meta"), DepthMetric("meta")
     segmentation.update(torch.empty(2, CLASSES, 4, 4, device="meta"), torch.empty(2, 4, 4, device="meta").byte())
     depth.update(torch.empty(2, 1, 4, 4, device="meta"), torch.empty(2, 1, 4, 4, device="meta"))

@@ -5,15 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from training import TASKS
 
-from mtunet_dist.core.step import Batch, MultiTaskStep, check_model, make_tasks, share_valid_counts
+from mtunet_dist.core.step import Batch, MultiTaskStep, check_model, share_valid_counts
 from mtunet_dist.errors import InputError
 from mtunet_dist.models.mtunet import MTUNet
-from mtunet_dist.schema import ClassInfo, DepthInfo
 from mtunet_dist.weightings.equal import EqualWeighting
 
 NAMES = ["segmentation", "depth"]
-TASKS = make_tasks(NAMES, [ClassInfo(n, (0, 0, 0)) for n in "abc"], DepthInfo("metric", "metre", 0.001))
 
 
 class Constant(nn.Module):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from training import TASKS
 
 from mtunet_dist.config import OptimConfig, load_config
 from mtunet_dist.core.optim import build_optimizer, lr_at, set_lr
 from mtunet_dist.core.step import Batch, MultiTaskStep, build_step
-from mtunet_dist.schema import ClassInfo, DepthInfo
 from mtunet_dist.strategies.ddp import DDPStrategy
 
 
@@ -80,8 +80,7 @@ def make_strategy(*overrides: str) -> DDPStrategy:
     torch.manual_seed(0)
     names = ["run_dir=x", "data.root=x", "optim.name=sgd", "optim.momentum=0", "model.dropout=0"]
     config = load_config(None, [*names, "model.widths=[4,4,4,4]", "model.bottleneck=4", *overrides])
-    classes = [ClassInfo(name, (0, 0, 0)) for name in "abc"]
-    step = build_step(config, classes, DepthInfo("metric", "metre", 0.001))
+    step = build_step(config, TASKS)
     return DDPStrategy(step, config, torch.device("cpu"))
 
 

@@ -16,6 +16,7 @@ from mtunet_dist.data.loader import make_loader
 from mtunet_dist.data.order import EvalOrder, TrainOrder, shuffled
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError
+from mtunet_dist.tasks.depth import Depth
 
 
 def global_batch(step: int, world_size: int, accumulate: int, count: int = 29, batch_size: int = 8) -> list[int]:
@@ -89,29 +90,29 @@ def test_sizes_that_do_not_divide_and_sets_that_are_too_small_are_refused() -> N
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_sample() -> None:
-    make = lambda seed: Augmentation(128, 256, "metric", flip=True, scales=(1.0, 1.2, 1.5), seed=seed)  # noqa: E731
+    make = lambda seed: Augmentation(128, 256, flip=True, scales=(1.0, 1.2, 1.5), seed=seed)  # noqa: E731
     assert make(0).draw(3, 7) == make(0).draw(3, 7)
     draws = {make(s).draw(e, i) for s in range(3) for e in range(3) for i in range(20)}
     assert len(draws) > 100  # nearly all of 180 differ; scale 1 without flip recurs
 
 
 def test_augmentation_windows_lie_inside_and_depth_follows_the_zoom() -> None:
-    for kind in ("metric", "inverse"):
-        augmentation = Augmentation(128, 256, kind, flip=True, scales=(1.0, 1.2, 1.5))  # type: ignore[arg-type]
-        draws = [augmentation.draw(0, i) for i in range(300)]
-        assert {d.flip for d in draws} == {True, False}
-        for d in draws:
-            assert 0 <= d.top <= 128 - d.height
-            assert 0 <= d.left <= 256 - d.width
-            zoom = min((1.0, 1.2, 1.5), key=lambda s: abs(128 / s - d.height))
-            assert d.depth_factor == pytest.approx(1 / zoom if kind == "metric" else zoom)
+    augmentation = Augmentation(128, 256, flip=True, scales=(1.0, 1.2, 1.5))
+    draws = [augmentation.draw(0, i) for i in range(300)]
+    assert {d.flip for d in draws} == {True, False}
+    metric, inverse = (task.factors(draws, 300) for task in (Depth.metric_depth(0.001), Depth.inverse_depth(0.001)))
+    for d, divided, multiplied in zip(draws, metric, inverse, strict=True):
+        assert 0 <= d.top <= 128 - d.height
+        assert 0 <= d.left <= 256 - d.width
+        zoom = min((1.0, 1.2, 1.5), key=lambda s: abs(128 / s - d.height))
+        assert (divided, multiplied) == (pytest.approx(0.001 / zoom), pytest.approx(0.001 * zoom))
 
 
 def test_augmentation_off_changes_nothing() -> None:
-    augmentation = Augmentation(32, 48, "metric")
+    augmentation = Augmentation(32, 48)
     assert not augmentation.zooms
     draw = augmentation.draw(0, 0)
-    assert (draw.top, draw.left, draw.height, draw.width, draw.depth_factor, draw.flip) == (0, 0, 32, 48, 1.0, False)
+    assert (draw.top, draw.left, draw.height, draw.width, draw.scale, draw.flip) == (0, 0, 32, 48, 1.0, False)
 
 
 @pytest.mark.parametrize("loader", ["dali", "torch"])
@@ -125,7 +126,7 @@ def test_order_and_augmentation_neither_use_nor_change_the_global_generators(
         np.random.seed(seed)
         torch.manual_seed(seed)
         config = DataConfig(root="", loader=loader, threads=0 if loader == "torch" else 1)  # type: ignore[arg-type]
-        augmentation = Augmentation(32, 48, "metric", flip=True, scales=(1.0, 1.2, 1.5))
+        augmentation = Augmentation(32, 48, flip=True, scales=(1.0, 1.2, 1.5))
         order, cpu = TrainOrder(12, batch_size=4), torch.device("cpu")
         made = make_loader(config, dataset.split("train"), order, cpu, augmentation)
         taken = list(itertools.islice(made.batches(), 4))

@@ -18,10 +18,10 @@ from PIL import Image
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError
 from mtunet_dist.prepare import main, prepare
-from mtunet_dist.schema import VOID
-from mtunet_dist.sources._images import resize
+from mtunet_dist.sources._images import nearest, resize_rgb
 from mtunet_dist.sources._source import RawSample
 from mtunet_dist.system.folder_lock import LOCK, lock_folder
+from mtunet_dist.tasks.segmentation import VOID
 
 HEIGHT, WIDTH = 8, 16
 SAMPLES = {"train": 5, "val": 2}
@@ -35,7 +35,8 @@ def raw_sample(split: str, i: int) -> RawSample:
     label[:2] = VOID
     depth = rng.integers(1, 65536, shape).astype(np.uint16)
     depth[:, :4] = 0
-    return RawSample(rng.integers(0, 256, (*shape, 3), dtype=np.uint8), label, depth)
+    rgb = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    return RawSample(rgb, {"segmentation": label, "depth": depth})
 
 
 def save(path: Path, pixels: np.ndarray) -> None:
@@ -51,8 +52,8 @@ def root(tmp_path: Path) -> Path:
         for i in range(count):
             sample = raw_sample(split, i)
             save(root / split / "rgb" / f"{split}{i}.png", sample.rgb)
-            save(root / split / "label" / f"{split}{i}.png", sample.label)
-            save(root / split / "depth" / f"{split}{i}.png", sample.depth)
+            save(root / split / "label" / f"{split}{i}.png", sample.targets["segmentation"])
+            save(root / split / "depth" / f"{split}{i}.png", sample.targets["depth"])
     (root / "dataset.yaml").write_text("classes: [a, b, c]\n")
     return root
 
@@ -70,15 +71,14 @@ def test_label_and_depth_are_the_nearest_source_pixels(root: Path, tmp_path: Pat
     split = run(root, tmp_path / "out").split("train")
     for i in range(len(split)):
         source, stored = raw_sample("train", i), split.decode(i)
-        size = (WIDTH, HEIGHT)
-        nearest = Image.Resampling.NEAREST
-        np.testing.assert_array_equal(stored.label, Image.fromarray(source.label).resize(size, nearest))
-        np.testing.assert_array_equal(stored.depth, Image.fromarray(source.depth).resize(size, nearest))
-        assert stored.label.dtype == np.uint8 and stored.depth.dtype == np.uint16
+        for name, dtype in (("segmentation", np.uint8), ("depth", np.uint16)):
+            expected = Image.fromarray(source.targets[name]).resize((WIDTH, HEIGHT), Image.Resampling.NEAREST)
+            np.testing.assert_array_equal(stored.targets[name], expected)
+            assert stored.targets[name].dtype == dtype
 
 
 def test_rgb_png_is_lossless_and_jpeg_close(root: Path, tmp_path: Path) -> None:
-    expected = resize(raw_sample("train", 0).rgb, "rgb", HEIGHT, WIDTH)
+    expected = resize_rgb(raw_sample("train", 0).rgb, HEIGHT, WIDTH)
     lossless = run(root, tmp_path / "png", rgb_format="png").split("train").decode(0).rgb
     np.testing.assert_array_equal(lossless, expected)
     jpeg = run(root, tmp_path / "jpeg").split("train").decode(0).rgb
@@ -100,15 +100,27 @@ def test_shards_are_tars_that_webdataset_can_group(root: Path, tmp_path: Path, t
 def test_dataset_json_describes_what_is_stored(root: Path, tmp_path: Path) -> None:
     dataset = run(root, tmp_path / "out")
     samples = [raw_sample("train", i) for i in range(5)]
-    label = np.stack([resize(s.label, "label", HEIGHT, WIDTH) for s in samples])
-    depth = np.stack([resize(s.depth, "depth", HEIGHT, WIDTH) for s in samples]) * 0.001
+    label, depth = (
+        np.stack([nearest(s.targets[name], HEIGHT, WIDTH) for s in samples]) for name in ("segmentation", "depth")
+    )
     train = dataset.info.splits["train"]
     assert train.count == 5 and [s.count for s in train.shards] == [2, 2, 1]
-    assert train.class_pixels == tuple(int((label == c).sum()) for c in range(3))
-    assert train.void_pixels == (label == VOID).sum()
-    assert train.valid_depth_pixels == (depth > 0).sum()
-    assert train.depth_mean == pytest.approx(depth[depth > 0].mean())
-    assert (train.depth_min, train.depth_max) == pytest.approx((depth[depth > 0].min(), depth.max()))
+    assert train.targets == {
+        "segmentation": {
+            "pixels": label.size,
+            "valid": (label != VOID).sum(),
+            "samples_without": 0,
+            "classes": [(label == c).sum() for c in range(3)],
+        },
+        "depth": {
+            "pixels": depth.size,
+            "valid": (depth > 0).sum(),
+            "samples_without": 0,
+            "sum": depth.sum(dtype=np.int64),
+            "min": depth[depth > 0].min(),
+            "max": depth.max(),
+        },
+    }
     for shard in train.shards:
         data = (dataset.root / shard.file).read_bytes()
         assert (shard.bytes, shard.sha256) == (len(data), hashlib.sha256(data).hexdigest())
@@ -125,7 +137,9 @@ def test_dataset_json_describes_what_is_stored(root: Path, tmp_path: Path) -> No
         "resize": "stretch",
         "stored": "shards",
     }
-    assert value["classes"][0]["name"] == "a" and value["depth"] == {"kind": "metric", "unit": "metre", "scale": 0.001}
+    label, depth = value["targets"]["segmentation"], value["targets"]["depth"]
+    assert (label["kind"], [entry["name"] for entry in label["classes"]]) == ("segmentation", ["a", "b", "c"])
+    assert depth == {"kind": "depth", "depth": "metric", "unit": "metre", "scale": 0.001}
 
 
 def test_same_bytes_from_two_workers_as_from_none(root: Path, tmp_path: Path) -> None:
@@ -189,8 +203,8 @@ def test_shard_is_made_again_when_a_sample_got_its_label(root: Path, tmp_path: P
     (tmp_path / "held.png").rename(root / "train/label/train0.png")
     (tmp_path / "other.png").replace(root / "val/label/val1.png")
     dataset = run(root, out)
-    assert (dataset.split("train").decode(0).label != VOID).any()
-    assert dataset.info.splits["train"].samples_without_label == 0
+    assert (dataset.split("train").decode(0).targets["segmentation"] != VOID).any()
+    assert dataset.info.splits["train"].targets["segmentation"]["samples_without"] == 0
 
 
 def test_complete_dataset_is_left_alone(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,8 +266,8 @@ def test_depth_of_16_bits_survives_in_full_range(tmp_path: Path) -> None:
     (root / "dataset.yaml").write_text("classes: [a]\n")
     for targets, read in (("png", lambda file: np.asarray(Image.open(file))), ("npy", np.load)):
         split = run(root, tmp_path / targets, height=256, width=256, target_format=targets).split("train")
-        np.testing.assert_array_equal(read(io.BytesIO(split.parts(0)[2].tobytes())), depth)
-        np.testing.assert_array_equal(split.decode(0).depth, depth)
+        np.testing.assert_array_equal(read(io.BytesIO(split.stored(0)["depth"].tobytes())), depth)
+        np.testing.assert_array_equal(split.decode(0).targets["depth"], depth)
 
 
 def test_command_line_prepares_reports_and_verifies(

@@ -25,7 +25,7 @@ def test_parts_are_the_bytes_of_the_tar_members(dataset: PreparedDataset) -> Non
     split = dataset.split("train")
     for i, key in enumerate(split.keys):
         with tarfile.open(dataset.root / split.shards[i // 4].file) as tar:
-            for data, suffix in zip(split.parts(i), ("rgb.jpg", "label.npy", "depth.npy"), strict=True):
+            for data, suffix in zip(split.stored(i).values(), ("rgb.jpg", "label.npy", "depth.npy"), strict=True):
                 member = tar.extractfile(f"{key}.{suffix}")
                 assert member is not None and data.tobytes() == member.read()
                 assert data.dtype == np.uint8 and not data.flags.owndata
@@ -36,7 +36,7 @@ def test_splits_concatenate_in_the_order_given(dataset: PreparedDataset) -> None
     assert both.keys == val.keys + train.keys and len(both) == 17
     for i in range(17):
         expected = val.decode(i) if i < 5 else train.decode(i - 5)
-        np.testing.assert_array_equal(both.decode(i).depth, expected.depth)
+        np.testing.assert_array_equal(both.decode(i).targets["depth"], expected.targets["depth"])
     assert both.describe(16) == f"011 in {dataset.root / 'train-00002.tar'}"
 
 
@@ -53,18 +53,18 @@ def test_wrong_split_lists_the_splits(dataset: PreparedDataset, spec: str) -> No
 
 def test_a_split_pickles_without_its_maps(dataset: PreparedDataset) -> None:
     split = dataset.split("train")
-    expected = [part.tobytes() for part in split.parts(3)]
+    expected = [part.tobytes() for part in split.stored(3).values()]
     data = pickle.dumps(split)
     assert expected[0] not in data
-    assert [part.tobytes() for part in pickle.loads(data).parts(3)] == expected
+    assert [part.tobytes() for part in pickle.loads(data).stored(3).values()] == expected
 
 
-@pytest.mark.parametrize("part", ["rgb", "label", "depth"])
+@pytest.mark.parametrize(("name", "part"), [("rgb", "rgb"), ("segmentation", "label"), ("depth", "depth")])
 @pytest.mark.parametrize("where", [0, 0.5, 1])
-def test_one_changed_bit_is_named_by_part_shard_and_key(copy: Path, part: str, where: float) -> None:
+def test_one_changed_bit_is_named_by_part_shard_and_key(copy: Path, name: str, part: str, where: float) -> None:
     """Even where the file still decodes: in the middle of a JPEG, in an array."""
     split = PreparedDataset(copy).split("train")
-    data = split.parts(5)[("rgb", "label", "depth").index(part)].tobytes()
+    data = split.stored(5)[name].tobytes()
     changed = bytearray(data)
     changed[int(where * (len(data) - 1))] ^= 1
     shard = copy / "train-00001.tar"
@@ -91,6 +91,8 @@ def test_opening_names_a_missing_and_a_short_shard(copy: Path) -> None:
     [
         ('{"format": 1}', r"dataset\.json: format 1"),
         ('{"format": 2}', r"dataset\.json: damaged"),
+        ('{"format": 3}', r"dataset\.json: damaged"),
+        ('{"format": 4}', r"dataset\.json: format 4, but this version reads formats 2 and 3"),
         ("[]", r"dataset\.json: format None"),
         ("{", r"dataset\.json: damaged"),
     ],

@@ -11,10 +11,10 @@ import pytest
 
 from mtunet_dist.errors import InputError
 from mtunet_dist.prepare import prepare
-from mtunet_dist.schema import VOID
 from mtunet_dist.sources.cityscapes import Cityscapes
 from mtunet_dist.sources.mtan import MTAN
 from mtunet_dist.sources.nyuv2 import NYUv2
+from mtunet_dist.tasks.segmentation import VOID
 
 HEIGHT, WIDTH = 6, 8
 CLASSES = {"label": 13, "label_2": 2, "label_7": 7, "label_19": 19}
@@ -67,15 +67,16 @@ def test_prepared_arrays_are_those_of_the_files(tmp_path: Path, labels: str) -> 
     out = tmp_path / "out"
     made = prepare("mtan", root, out, height=HEIGHT, width=WIDTH, rgb_format="png", options={"labels": labels})
     assert made.info.settings.options == {"labels": labels}
-    assert len(made.info.classes) == CLASSES[labels]
+    assert len(made.info.targets["segmentation"].classes) == CLASSES[labels]
     for name in ("train", "val"):
         split = made.split(name)
         assert split.keys == ["0000", "0001", "0002"]
         for i in range(3):
             stored, files = split.decode(i), arrays(labels, name, i)
             np.testing.assert_array_equal(stored.rgb, np.round(files["image"] * 255))
-            np.testing.assert_array_equal(np.where(stored.label == VOID, -1, stored.label.astype(int)), files[labels])
-            depth = (stored.depth * made.info.depth.scale).astype(np.float32)
+            label = stored.targets["segmentation"].astype(int)
+            np.testing.assert_array_equal(np.where(label == VOID, -1, label), files[labels])
+            depth = (stored.targets["depth"] * made.info.targets["depth"].scale).astype(np.float32)
             if labels == "label":
                 np.testing.assert_array_equal(depth == 0, files["depth"][:, :, 0] == 0)
                 np.testing.assert_allclose(depth, files["depth"][:, :, 0], rtol=0, atol=0.000501)
@@ -85,11 +86,11 @@ def test_prepared_arrays_are_those_of_the_files(tmp_path: Path, labels: str) -> 
 
 def test_classes_and_depth_are_those_of_the_datasets_own_sources(tmp_path: Path) -> None:
     nyu = MTAN(tmp_path)
-    assert (nyu.classes, nyu.depth) == (NYUv2.classes, NYUv2.depth)
+    assert nyu.targets == NYUv2(tmp_path).targets
     for n in (2, 7, 19):
         mtan: Any = MTAN(tmp_path, labels=f"label_{n}")
         theirs = Cityscapes(tmp_path, classes=n, depth="inverse")
-        assert (mtan.classes, mtan.depth) == (theirs.classes, theirs.depth)
+        assert mtan.targets == theirs.targets
 
 
 def test_same_cityscapes_pixels_by_either_way(tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_same_cityscapes_pixels_by_either_way(tmp_path: Path) -> None:
     ):
         save(tmp_path, "train", folder, 0, array)
         save(tmp_path, "val", folder, 0, array)
-    np.testing.assert_array_equal(first(tmp_path, "label_7").depth, np.maximum(p.astype(int) - 1, 0))
+    np.testing.assert_array_equal(first(tmp_path, "label_7").targets["depth"], np.maximum(p.astype(int) - 1, 0))
 
 
 def test_samples_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from PIL import Image
 
 from mtunet_dist.errors import InputError
 from mtunet_dist.prepare import prepare
-from mtunet_dist.schema import VOID
 from mtunet_dist.sources.nyuv2 import NYUv2
 from mtunet_dist.sources.nyuv2_mat import ImageNumber, NYUv2Mat
+from mtunet_dist.tasks.depth import Depth
+from mtunet_dist.tasks.segmentation import VOID
 
 COUNT, WIDTH, HEIGHT = 1449, 640, 480
 OFFICIAL = {
@@ -100,32 +101,34 @@ def test_pixels_are_those_that_matlab_shows(mat: Path, index: int) -> None:
     source = NYUv2Mat(mat)
     sample = source.read(ImageNumber(index))
     np.testing.assert_array_equal(sample.rgb, expected["images"])
-    assert (sample.rgb.dtype, sample.label.dtype, sample.depth.dtype) == (np.uint8, np.uint8, np.uint16)
-    np.testing.assert_allclose(sample.depth * source.depth.scale, expected["depths"], rtol=0, atol=0.000501)
-    np.testing.assert_array_equal(sample.label == VOID, expected["labels"] == 0)
+    label, depth = sample.targets["segmentation"], sample.targets["depth"]
+    assert (sample.rgb.dtype, label.dtype, depth.dtype) == (np.uint8, np.uint8, np.uint16)
+    np.testing.assert_allclose(depth * source.targets["depth"].scale, expected["depths"], rtol=0, atol=0.000501)
+    np.testing.assert_array_equal(label == VOID, expected["labels"] == 0)
 
 
 def test_raw_depth_keeps_invalid_pixels(mat: Path) -> None:
     source = NYUv2Mat(mat, depth="raw")
     sample, expected = source.read(ImageNumber(3)), content(3)["rawDepths"]
-    np.testing.assert_array_equal(sample.depth == 0, expected == 0)
-    np.testing.assert_array_equal(sample.depth, np.round(expected.astype(np.float64) * 1000))
+    np.testing.assert_array_equal(sample.targets["depth"] == 0, expected == 0)
+    np.testing.assert_array_equal(sample.targets["depth"], np.round(expected.astype(np.float64) * 1000))
 
 
 def test_crop_leaves_the_usual_rectangle(mat: Path) -> None:
     cropped, whole = NYUv2Mat(mat, crop=True).read(ImageNumber(3)), content(3)
     np.testing.assert_array_equal(cropped.rgb, whole["images"][45:471, 41:601])
     assert cropped.rgb.shape == (426, 560, 3)
-    assert cropped.label.shape == cropped.depth.shape == (426, 560)
-    np.testing.assert_array_equal(cropped.depth[-1], np.round(whole["depths"][470, 41:601].astype(np.float64) * 1000))
+    assert cropped.targets["segmentation"].shape == cropped.targets["depth"].shape == (426, 560)
+    last_row = whole["depths"][470, 41:601].astype(np.float64)
+    np.testing.assert_array_equal(cropped.targets["depth"][-1], np.round(last_row * 1000))
 
 
 @pytest.mark.parametrize("classes", [13, 40])
 def test_known_labels_get_their_published_class(mat: Path, classes: Any) -> None:
     source = NYUv2Mat(mat, classes=classes)
-    label, raw = source.read(ImageNumber(1)).label, content(1)["labels"]
-    names = [c.name for c in source.classes]
-    assert len(names) == len(set(names)) == len({c.color for c in source.classes}) == classes
+    label, raw = source.read(ImageNumber(1)).targets["segmentation"], content(1)["labels"]
+    names = [c.name for c in source.targets["segmentation"].classes]
+    assert len(names) == len(set(names)) == len({c.color for c in source.targets["segmentation"].classes}) == classes
     for number, (of_40, of_13) in KNOWN.items():
         found = set(label[raw == number].tolist())
         assert found == {names.index(of_40 if classes == 40 else of_13)}, number
@@ -133,9 +136,9 @@ def test_known_labels_get_their_published_class(mat: Path, classes: Any) -> None
 
 
 def test_13_classes_are_those_of_the_image_folders_and_of_one_40_class_each(mat: Path) -> None:
-    assert NYUv2Mat(mat).classes == NYUv2.classes
-    fine = NYUv2Mat(mat, classes=40).read(ImageNumber(1)).label
-    coarse = NYUv2Mat(mat).read(ImageNumber(1)).label
+    assert NYUv2Mat(mat).targets["segmentation"] == NYUv2(mat.parent).targets["segmentation"]
+    fine = NYUv2Mat(mat, classes=40).read(ImageNumber(1)).targets["segmentation"]
+    coarse = NYUv2Mat(mat).read(ImageNumber(1)).targets["segmentation"]
     for c in range(40):
         assert len(np.unique(coarse[fine == c])) == 1
 
@@ -176,13 +179,14 @@ def test_prepare_resizes_and_says_what_it_made(
     )
     info = dataset.info
     assert info.settings.options == {"classes": 40, "depth": "raw", "val": True, "crop": False}
-    assert (info.depth.kind, info.depth.unit, info.depth.scale) == ("metric", "metre", 0.001)
+    assert info.targets["depth"] == Depth.metric_depth(0.001)
     for name, samples in few.items():
         split = dataset.split(name)
         for i, sample in enumerate(samples):
             assert split.keys[i] == f"{sample.index:04d}"
             depth = Image.fromarray(content(sample.index)["rawDepths"]).resize((128, 96), Image.Resampling.NEAREST)
-            np.testing.assert_allclose(split.decode(i).depth / 1000, np.asarray(depth), rtol=0, atol=0.000501)
+            stored = split.decode(i).targets["depth"]
+            np.testing.assert_allclose(stored / 1000, np.asarray(depth), rtol=0, atol=0.000501)
 
 
 def fails(path: Path, message: str, index: int | None = None, **options: Any) -> None:
@@ -243,14 +247,14 @@ def test_other_shapes_and_types(tmp_path: Path, name: str, shape: tuple[int, ...
 def test_impossible_depth_names_image_and_value(empty: Path, value: float) -> None:
     change(empty, "depths", 3, value)
     fails(empty, rf"'depths' of image 3: depth {value:g} is not one of 0\.\.65\.535", index=3)
-    assert NYUv2Mat(empty).read(ImageNumber(4)).depth.max() == 0
+    assert NYUv2Mat(empty).read(ImageNumber(4)).targets["depth"].max() == 0
 
 
 @pytest.mark.parametrize("value", [895, 896, 65535])
 def test_undefined_label_names_image_and_value(empty: Path, value: int) -> None:
     change(change(empty, "labels", 3, value), "labels", 4, 894)
     fails(empty, rf"'labels' of image 3: label value {value} is not one of 0\.\.894", index=3)
-    assert NYUv2Mat(empty).read(ImageNumber(4)).label[7, 5] != VOID
+    assert NYUv2Mat(empty).read(ImageNumber(4)).targets["segmentation"][7, 5] != VOID
 
 
 def test_damaged_chunk_names_image(mat: Path, tmp_path: Path) -> None:

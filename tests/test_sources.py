@@ -15,10 +15,11 @@ from mtunet_dist.config import plugin_options
 from mtunet_dist.data.report import table
 from mtunet_dist.errors import InputError
 from mtunet_dist.prepare import prepare
-from mtunet_dist.schema import VOID
 from mtunet_dist.sources.cityscapes import Cityscapes
 from mtunet_dist.sources.folder import Folder
 from mtunet_dist.sources.nyuv2 import VALIDATION, NYUv2
+from mtunet_dist.tasks.depth import Depth
+from mtunet_dist.tasks.segmentation import VOID, ClassInfo
 
 CITY_IDS = np.arange(36, dtype=np.uint8).reshape(6, 6).clip(0, 33)  # every label id
 CITY_DISPARITY = np.array([0, 1, 2, 257, 12345, 65535] * 6, dtype=np.uint16).reshape(6, 6)
@@ -70,27 +71,28 @@ def read_folder(root: Path) -> None:
 def test_cityscapes_7_classes_of_every_label_id(tmp_path: Path) -> None:
     make_cityscapes(tmp_path)
     source = Cityscapes(tmp_path)
-    label = source.read(source.splits()["train"][0]).label.ravel()[:34].tolist()
+    label = source.read(source.splits()["train"][0]).targets["segmentation"].ravel()[:34].tolist()
     assert label == [VOID] * 7 + [0] * 4 + [1] * 6 + [2] * 4 + [3] * 2 + [4] + [5] * 2 + [6] * 8
-    assert [c.name for c in source.classes] == ["flat", "construction", "object", "nature", "sky", "human", "vehicle"]
+    names = [c.name for c in source.targets["segmentation"].classes]
+    assert names == ["flat", "construction", "object", "nature", "sky", "human", "vehicle"]
 
 
 def test_cityscapes_19_classes_are_the_official_train_ids(tmp_path: Path) -> None:
     make_cityscapes(tmp_path)
     source = Cityscapes(tmp_path, classes=19)
-    label = source.read(source.splits()["train"][0]).label.ravel()[:34]
+    label = source.read(source.splits()["train"][0]).targets["segmentation"].ravel()[:34]
     train_ids = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
     assert [int(label[i]) for i in train_ids] == list(range(19))
     assert (np.delete(label, train_ids) == VOID).all()
-    assert source.classes[13].name == "car" and source.classes[13].color == (0, 0, 142)
+    assert source.targets["segmentation"].classes[13] == ClassInfo("car", (0, 0, 142))
 
 
 def test_cityscapes_2_classes_are_background_and_foreground(tmp_path: Path) -> None:
     make_cityscapes(tmp_path)
     source = Cityscapes(tmp_path, classes=2)
-    label = source.read(source.splits()["train"][0]).label.ravel()[:34].tolist()
+    label = source.read(source.splits()["train"][0]).targets["segmentation"].ravel()[:34].tolist()
     assert label == [VOID] * 7 + [0] * 17 + [1] * 10
-    assert [c.name for c in source.classes] == ["background", "foreground"]
+    assert [c.name for c in source.targets["segmentation"].classes] == ["background", "foreground"]
 
 
 UNEVALUATED = [9, 10, 14, 15, 16, 18, 29, 30]  # ignoreInEval in cityscapesScripts, of the ids in a category
@@ -101,7 +103,7 @@ def test_cityscapes_ids_without_evaluation_can_be_void(tmp_path: Path, classes: 
     make_cityscapes(tmp_path)
     keep, void = Cityscapes(tmp_path, classes=classes), Cityscapes(tmp_path, classes=classes, unevaluated="void")
     sample = keep.splits()["train"][0]
-    kept, without = keep.read(sample).label.ravel()[:34], void.read(sample).label.ravel()[:34]
+    kept, without = (source.read(sample).targets["segmentation"].ravel()[:34] for source in (keep, void))
     assert (without[UNEVALUATED] == VOID).all()
     assert (kept[UNEVALUATED] == VOID).all() == (classes == 19)
     np.testing.assert_array_equal(np.delete(kept, UNEVALUATED), np.delete(without, UNEVALUATED))
@@ -114,7 +116,7 @@ def test_cityscapes_minus_1_is_void(tmp_path: Path, classes: Any, unevaluated: A
     path = tmp_path / "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png"
     save(path, np.full((6, 6), -1, dtype=np.int16).astype(np.uint8))
     source = Cityscapes(tmp_path, classes=classes, unevaluated=unevaluated)
-    assert (source.read(source.splits()["train"][0]).label == VOID).all()
+    assert (source.read(source.splits()["train"][0]).targets["segmentation"] == VOID).all()
 
 
 @pytest.mark.parametrize("depth", ["metric", "inverse"])
@@ -137,7 +139,7 @@ def test_prepared_cityscapes_equals_a_reading_of_its_own(tmp_path: Path, depth: 
             np.testing.assert_array_equal(stored.rgb, np.asarray(image))
         with Image.open(root / f"gtFine/val/{city}/{name}_gtFine_labelIds.png") as image:
             expected = [int(categories[value]) - 1 for value in np.asarray(image).ravel()]
-        assert stored.label.ravel().tolist() == [VOID if c < 0 else c for c in expected]
+        assert stored.targets["segmentation"].ravel().tolist() == [VOID if c < 0 else c for c in expected]
         with Image.open(root / f"disparity/val/{city}/{name}_disparity.png") as image:
             p = np.asarray(image).ravel().tolist()
         if depth == "inverse":
@@ -145,7 +147,7 @@ def test_prepared_cityscapes_equals_a_reading_of_its_own(tmp_path: Path, depth: 
         else:
             metres = [BASELINE * FX / ((x - 1) / 256) if x > 1 else 0.0 for x in p]
             values = [m if m < 256 else 0.0 for m in metres]
-        found = (stored.depth * made.info.depth.scale).ravel().tolist()
+        found = (stored.targets["depth"] * made.info.targets["depth"].scale).ravel().tolist()
         assert found == pytest.approx(values, abs=1 / 512 if depth == "metric" else 1e-12)
 
 
@@ -159,17 +161,17 @@ def test_cityscapes_options_can_be_given_as_words() -> None:
 def test_cityscapes_metric_depth_is_baseline_times_fx_over_disparity(tmp_path: Path) -> None:
     make_cityscapes(tmp_path)
     source = Cityscapes(tmp_path)
-    depth = source.read(source.splits()["train"][0]).depth
+    depth = source.read(source.splits()["train"][0]).targets["depth"]
     assert depth.dtype == np.uint16
     # p = 0 is invalid, 1 infinitely far, 2 and 257 beyond 256 m.
     expected = [0, 0, 0, 0, BASELINE * FX / (12344 / 256), BASELINE * FX / (65534 / 256)]
-    assert depth[0] * source.depth.scale == pytest.approx(expected, abs=1 / 512)
+    assert depth[0] * source.targets["depth"].scale == pytest.approx(expected, abs=1 / 512)
 
 
 def test_cityscapes_inverse_depth_equals_mtan_and_needs_no_camera(tmp_path: Path) -> None:
     make_cityscapes(tmp_path, cameras=False)
     source = Cityscapes(tmp_path, depth="inverse")
-    depth = source.read(source.splits()["train"][0]).depth * source.depth.scale
+    depth = source.read(source.splits()["train"][0]).targets["depth"] * source.targets["depth"].scale
     expected = np.where(CITY_DISPARITY > 0, (CITY_DISPARITY - 1.0) / 65536, 0)
     np.testing.assert_array_equal(depth, expected)
 
@@ -216,9 +218,9 @@ def test_nyu_labels_shift_by_one_and_depth_is_millimetres(tmp_path: Path) -> Non
     make_nyu(tmp_path, "test", "0001")
     source = NYUv2(tmp_path)
     sample = source.read(source.splits()["train"][0])
-    assert sample.label.ravel().tolist() == [VOID, *range(13), 12]
-    assert sample.depth[0, 0] * source.depth.scale == pytest.approx(2.5)
-    assert [c.name for c in source.classes][::12] == ["bed", "window"]
+    assert sample.targets["segmentation"].ravel().tolist() == [VOID, *range(13), 12]
+    assert sample.targets["depth"][0, 0] * source.targets["depth"].scale == pytest.approx(2.5)
+    assert [c.name for c in source.targets["segmentation"].classes][::12] == ["bed", "window"]
 
 
 def test_nyu_validation_part_is_taken_out_of_train(tmp_path: Path) -> None:
@@ -238,9 +240,10 @@ def test_folder_maps_offset_and_void_ids_and_takes_colours(tmp_path: Path) -> No
     yaml = "classes: [{name: a, color: [1, 2, 3]}, b]\nlabel_offset: 1\nvoid_ids: [0, 255]\ndepth_kind: inverse\n"
     root = make_folder(tmp_path / "data", yaml)
     source = Folder(root)
-    assert source.read(source.splits()["train"][0]).label[0].tolist() == [VOID, 0, 1, VOID]
-    assert source.classes[0].color == (1, 2, 3) and source.classes[1].name == "b"
-    assert (source.depth.kind, source.depth.unit, source.depth.scale) == ("inverse", "1", 0.001)
+    assert source.read(source.splits()["train"][0]).targets["segmentation"][0].tolist() == [VOID, 0, 1, VOID]
+    classes = source.targets["segmentation"].classes
+    assert classes[0].color == (1, 2, 3) and classes[1].name == "b"
+    assert source.targets["depth"] == Depth("depth", "inverse", "1", 0.001)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +274,7 @@ def test_folder_names_the_file_without_partner(tmp_path: Path) -> None:
         Folder(root).splits()
     raw = Folder(root, allow_unlabelled=True)
     lonely = raw.read(raw.splits()["train"][0])
-    assert (lonely.label == VOID).all() and (lonely.depth == 0).all() and lonely.rgb.any()
+    assert (lonely.targets["segmentation"] == VOID).all() and (lonely.targets["depth"] == 0).all() and lonely.rgb.any()
 
 
 @pytest.mark.parametrize("part", ["label", "depth"])
@@ -297,16 +300,17 @@ def test_folder_sample_without_a_target_is_masked(tmp_path: Path, part: str, who
     sample = source.splits()["train"][0]
     source.check(sample)
     raw = source.read(sample)
-    assert (raw.label == VOID).all() == (part == "label")
-    assert (raw.depth == 0).all() == (part == "depth")
+    assert (raw.targets["segmentation"] == VOID).all() == (part == "label")
+    assert (raw.targets["depth"] == 0).all() == (part == "depth")
     made = prepare("folder", root, tmp_path / "out", height=4, width=4)
     split = made.info.splits["train"]
-    assert (split.samples_without_label, split.samples_without_depth) == (part == "label", part == "depth")
+    without = {name: counts["samples_without"] for name, counts in split.targets.items()}
+    assert without == {"segmentation": part == "label", "depth": part == "depth"}
     rows = list(table(made).columns[0].cells)
     assert f"without {part}" in rows and len([row for row in rows if "without" in str(row)]) == 1
     stored = made.split("train").decode(0)
-    np.testing.assert_array_equal(stored.label, raw.label)
-    np.testing.assert_array_equal(stored.depth, raw.depth)
+    for name, target in raw.targets.items():
+        np.testing.assert_array_equal(stored.targets[name], target)
 
 
 def test_folder_suspects_a_misspelt_part(tmp_path: Path) -> None:
@@ -321,6 +325,7 @@ def test_folder_of_a_part_must_not_be_empty(tmp_path: Path) -> None:
     (root / "train/label/x.png").unlink()
     with pytest.raises(InputError, match=r"train/label holds no"):
         Folder(root).splits()
+    shutil.rmtree(root / "train/label")
     shutil.rmtree(root / "train/rgb")
     with pytest.raises(InputError, match=r"train/rgb does not exist"):
         Folder(root).splits()

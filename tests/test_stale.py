@@ -121,7 +121,7 @@ def test_a_change_is_found_and_taken_up(
     assert "was complete, but " in capsys.readouterr().out
     new = prepare_in(source, fresh, stored)
     assert (contents(out), again.info.splits) == (contents(fresh), new.info.splits)
-    assert (again.info.classes, again.info.depth) == (new.info.classes, new.info.depth)
+    assert again.info.targets == new.info.targets
     verify(out)
     prepare_in(source, out, stored)
     assert "is complete" in capsys.readouterr().out
@@ -193,7 +193,7 @@ def test_the_one_file_of_nyuv2_counts(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(InputError, match="prepare it again"):
             verify(tmp_path.parent / f"{stored} of mat")
         again = make(height=3, width=4, workers=0, shard_size=900, stored=stored)
-        assert again.info.splits["train"].depth_mean == 2.0
+        assert again.info.targets["depth"].statistics(again.info.splits["train"].targets["depth"])[0] == 2.0
 
 
 def test_a_source_that_is_gone_is_no_change(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

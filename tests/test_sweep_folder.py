@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from sweeping import logs_of, read_csv, run_sweep, write_sweep
 
-import sweep as sweep_script
+from mtunet_dist import sweep as sweep_script
 from mtunet_dist.config import load_config
 from mtunet_dist.errors import InputError, MTUNetError, NonFiniteLossError
 from mtunet_dist.sweeps.config import find_config, load_sweep

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from format_2 import write_format_2
 
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.data.targets import check_targets, target_pixels
@@ -21,23 +22,22 @@ def source(prepared: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(prepared.parent / "source", tmp_path / "source"))
 
 
-@pytest.mark.parametrize(
-    ("part", "what", "task"), [("depth", "valid depth", "depth"), ("label", "labelled pixel", "segmentation")]
-)
+@pytest.mark.parametrize(("part", "task"), [("depth", "depth"), ("label", "segmentation")])
 @pytest.mark.parametrize("stored", ["shards", "source"])
 def test_a_task_without_a_target_is_named(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, what: str, task: str, stored: str
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, task: str, stored: str
 ) -> None:
     other = "segmentation" if task == "depth" else "depth"
     shutil.rmtree(source / "train" / part)
     for again in range(2):  # a complete dataset says it too
         made = prepare("folder", source, tmp_path / "out", **SIZE, stored=stored)
-        line = f"warning: the split 'train' has no {what}; train the other task alone with tasks=[{other}]\n"
+        line = f"warning: the split 'train' has no pixel with a {part}; train without it: tasks=[{other}]\n"
         assert capsys.readouterr().out.count(line) == 1, again
-    assert target_pixels([made.info.splits["train"]])[task] == 0
-    assert target_pixels([made.info.splits["val"]])[task] > 0
+    assert target_pixels(made.info, ["train"])[task] == 0
+    assert target_pixels(made.info, ["val"])[task] > 0
     for tasks in (["segmentation", "depth"], [task]):
-        with pytest.raises(InputError, match=rf"task '{task}': the split 'train' has no {what}.*tasks=\[{other}\]"):
+        missing = rf"task '{task}': the split 'train' has no pixel with a {part}.*tasks=\[{other}\]"
+        with pytest.raises(InputError, match=missing):
             check_targets(made.info, "train", tasks)
     check_targets(made.info, "train", [other])
     check_targets(made.info, "train+val", ["segmentation", "depth"])
@@ -49,7 +49,7 @@ def test_a_dataset_without_any_target_teaches_nothing(
     for part in ("label", "depth"):
         shutil.rmtree(source / "train" / part)
     made = prepare("folder", source, tmp_path / "out", **SIZE, options={"allow_unlabelled": True})
-    assert "the split 'train' has no valid depth; nothing can be learned from it" in capsys.readouterr().out
+    assert "the split 'train' has no pixel with a depth; nothing can be learned from it" in capsys.readouterr().out
     with pytest.raises(InputError, match="nothing can be learned"):
         check_targets(made.info, "train", ["depth"])
 
@@ -61,6 +61,7 @@ def test_a_dataset_with_both_says_nothing(source: Path, tmp_path: Path, capsys: 
 
 def test_a_dataset_from_before_samples_were_counted_is_judged_by_its_pixels(prepared: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(prepared, tmp_path / "copy"))
+    write_format_2(copy)
     value = json.loads((copy / "dataset.json").read_text())
     for split in value["splits"].values():
         del split["samples_without_label"], split["samples_without_depth"]

@@ -22,10 +22,10 @@ from training import LAUNCH, MakeConfig, final_state, kill_all, on_two_ranks, re
 
 from mtunet_dist import distributed
 from mtunet_dist.config import Config, load_config
+from mtunet_dist.core.comparison import delta_m
 from mtunet_dist.data.order import TrainOrder
 from mtunet_dist.data.prepared import PreparedDataset
 from mtunet_dist.errors import InputError, NonFiniteLossError
-from mtunet_dist.metrics import delta_m
 from mtunet_dist.runs import checkpoint, resume
 from mtunet_dist.strategies.ddp import DDPStrategy
 from mtunet_dist.train import _optimiser_step, train
@@ -163,7 +163,7 @@ def test_two_ranks_equal_one_rank_with_the_double_batch(
     """Void and invalid pixels are spread unevenly over the ranks."""
     split = dataset.split("train")
     ranks = [TrainOrder(12, batch_size=4, rank=rank, world_size=2).plan(0).samples for rank in range(2)]
-    for void in (lambda raw: raw.label == 255, lambda raw: raw.depth == 0):
+    for void in (lambda raw: raw.targets["segmentation"] == 255, lambda raw: raw.targets["depth"] == 0):
         counts = [sum(void(split.decode(int(i))).sum() for i in samples) for samples in ranks]
         assert abs(counts[0] - counts[1]) > 50
     settings = ["optim.name=sgd", "optim.lr=1.0", "model.dropout=0.0", "data.augment.flip=true"]
@@ -247,7 +247,7 @@ def test_a_sample_that_cannot_be_decoded_ends_two_processes_with_one_line(
     split = PreparedDataset(copy).split("train")
     shard = copy / f"train-{bad // 4:05d}.tar"
     data = bytearray(shard.read_bytes())
-    start = data.find(split.parts(bad)[0].tobytes())
+    start = data.find(split.stored(bad)["rgb"].tobytes())
     data[start : start + 300] = bytes(byte ^ 0xFF for byte in data[start : start + 300])
     shard.write_bytes(data)
     try:

@@ -36,7 +36,7 @@ class _Profile:
 def test_a_number_is_a_number_in_every_file(tmp_path: Path, text: str, value: float) -> None:
     file = tmp_path / "dataset.yaml"
     file.write_text(f"classes: [a]\ndepth_scale: {text}\n")
-    assert Folder(tmp_path).depth.scale == value
+    assert Folder(tmp_path).targets["depth"].scale == value
     file.write_text(f"number: {text}\n")
     assert load_as(_Profile, file).number == value
     file.write_text(f"run_dir: x\ndata: {{root: y}}\noptim: {{lr: {text}}}\n")

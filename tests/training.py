@@ -23,11 +23,17 @@ import torch.multiprocessing as mp
 from mtunet_dist import distributed
 from mtunet_dist.config import Config
 from mtunet_dist.runs import checkpoint
+from mtunet_dist.tasks.depth import Depth
+from mtunet_dist.tasks.segmentation import ClassInfo, Segmentation
 from mtunet_dist.train import train
 
 MakeConfig = Callable[..., Config]
 LAUNCH = [sys.executable, str(Path(__file__).parent.parent / "launch" / "local.py"), "--nproc=2"]
 PRELOAD = ["__main__", "mtunet_dist.train", "mtunet_dist.data.dali"]
+TASKS = [
+    Segmentation("segmentation", tuple(ClassInfo(name, (0, 0, 0)) for name in "abc")),
+    Depth.metric_depth(0.001),
+]
 
 
 LOSSES = {"loss/segmentation": 1.0, "loss/depth": 1.0}  # what every evaluation gives beside other metrics

@@ -147,7 +147,7 @@ def _from_format_2(value: dict[str, Any]) -> dict[str, Any]:
             "pixels": count * pixels,
             "valid": valid,
             "samples_without": split.get("samples_without_depth", 0),
-            "sum": split["depth_mean"] / scale * valid,
+            "sum": round(split["depth_mean"] / scale * valid),
             "min": round(split["depth_min"] / scale) if valid else 65535,
             "max": round(split["depth_max"] / scale),
         }
@@ -157,4 +157,4 @@ def _from_format_2(value: dict[str, Any]) -> dict[str, Any]:
     meaning = {"kind": "depth", "depth": depth["kind"], "unit": depth["unit"], "scale": depth["scale"]}
     targets = {"segmentation": {"kind": "segmentation", "classes": value["classes"]}, "depth": meaning}
     rest = {key: v for key, v in value.items() if key not in ("classes", "depth")}
-    return {**rest, "targets": targets, "splits": splits}
+    return {**rest, "format": FORMAT, "targets": targets, "splits": splits}

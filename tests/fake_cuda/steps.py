@@ -27,15 +27,21 @@ from mtunet_dist.config import load_config  # noqa: E402
 from mtunet_dist.core import optim  # noqa: E402
 from mtunet_dist.core.step import Batch, MultiTaskStep, build_step, place, share_valid_counts  # noqa: E402
 from mtunet_dist.data.augmentation import Augmentation  # noqa: E402
-from mtunet_dist.data.batch import Pixels, as_batch, depth_scales, draws_of  # noqa: E402
+from mtunet_dist.data.batch import Pixels, as_batch, draws_of, factors_of  # noqa: E402
 from mtunet_dist.data.order import Plan  # noqa: E402
 from mtunet_dist.data.sending import send  # noqa: E402
 from mtunet_dist.data.torch_augmentation import augmented  # noqa: E402
-from mtunet_dist.schema import ClassInfo, DepthInfo  # noqa: E402
+from mtunet_dist.tasks.depth import Depth  # noqa: E402
+from mtunet_dist.tasks.normals import Normals  # noqa: E402
+from mtunet_dist.tasks.segmentation import ClassInfo, Segmentation  # noqa: E402
 
 CUDA = torch.device("cuda", 0)
 HEIGHT, WIDTH, BATCH = 64, 96, 4
-CLASSES = tuple(ClassInfo(f"c{i}", (i, i, i)) for i in range(13))
+TASKS = {
+    "segmentation": Segmentation("segmentation", tuple(ClassInfo(f"c{i}", (i, i, i)) for i in range(13))),
+    "depth": Depth.metric_depth(0.001),
+    "normals": Normals("normals"),
+}
 pinned: set[int] = set()
 copies: list[str] = []
 kept: list[Tensor] = []  # so that no id is used twice
@@ -60,7 +66,6 @@ def batch_on_device() -> Batch:
     augmentation = Augmentation(
         HEIGHT,
         WIDTH,
-        "metric",
         flip=True,
         scales=(1.0, 1.5),
         brightness=0.2,
@@ -74,12 +79,15 @@ def batch_on_device() -> Batch:
     assert len({(d.height, d.flip) for d in draws}) > 1
     pixels = Pixels(
         torch.empty(BATCH, HEIGHT, WIDTH, 3, dtype=torch.uint8, device=CUDA),
-        torch.empty(BATCH, HEIGHT, WIDTH, dtype=torch.uint8, device=CUDA),
-        torch.empty(BATCH, HEIGHT, WIDTH, dtype=torch.int16, device=CUDA),
+        {
+            "segmentation": torch.empty(BATCH, HEIGHT, WIDTH, dtype=torch.uint8, device=CUDA),
+            "depth": torch.empty(BATCH, HEIGHT, WIDTH, dtype=torch.int16, device=CUDA),
+            "normals": torch.empty(BATCH, HEIGHT, WIDTH, 3, dtype=torch.int16, device=CUDA),
+        },
     )
     copies.clear()
-    scales = send(depth_scales(plan, draws, 0.001), CUDA)
-    return as_batch(*augmented(pixels, draws), scales, send(plan.samples, CUDA))
+    factors = {name: send(x, CUDA) for name, x in factors_of(TASKS, draws, BATCH).items()}
+    return as_batch(*augmented(pixels, TASKS, draws), factors, send(plan.samples, CUDA))
 
 
 def on_cuda(step: MultiTaskStep) -> None:
@@ -94,12 +102,12 @@ def run(model: str, precision: str) -> None:
     widths = "[8,16,32,64]" if "unet" in model else "[8,16,32,64,64]"
     words = [f"precision={precision}", f"model.name={model}", f"model.widths={widths}", "weighting.name=uncertainty"]
     config = load_config(None, ["run_dir=r", "data.root=d", *words])
-    step = place(build_step(config, CLASSES, DepthInfo("metric", "metre", 0.001)), torch.device("cpu"), True)
+    step = place(build_step(config, list(TASKS.values())), torch.device("cpu"), True)
     with FakeTensorMode(allow_non_fake_inputs=False):
         on_cuda(step)
         optimizer = optim.build_optimizer(step, config.optim)
         batch = batch_on_device()
-        assert len(copies) <= 14, copies  # each is a call of the host
+        assert len(copies) <= 17, copies  # each is a call of the host
         share_valid_counts([batch], step.tasks)
         total, losses = step(batch)
         assert total.device == CUDA and total.dtype == torch.float32

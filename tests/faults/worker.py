@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import torch.distributed
 
-from mtunet_dist.metrics import SegmentationMetric
 from mtunet_dist.runs import checkpoint
 from mtunet_dist.strategies.ddp import DDPStrategy
+from mtunet_dist.tasks.segmentation import SegmentationMetric
 from mtunet_dist.train import main
 
 
