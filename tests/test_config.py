@@ -132,7 +132,8 @@ class OptionOfText:
 
 
 def test_text_options_of_plugins_arrive_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugins, "find", lambda kind, name: OptionOfText)
+    find = plugins.find
+    monkeypatch.setattr(plugins, "find", lambda kind, name: find(kind, name) if kind == "task" else OptionOfText)
     words = [f"model.{word}" for word in ("path=[${x}: null", "kind=off", "size=2", "name=textual")]
     config = load_config(None, [*REQUIRED, *words])
     assert config.model == {"name": "textual", "path": "[${x}: null", "kind": "off", "size": 2}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mtunet_dist.core.comparison import higher_is_better
 from mtunet_dist.tasks.depth import DepthMetric
+from mtunet_dist.tasks.normals import NormalsMetric
 from mtunet_dist.tasks.segmentation import VOID, SegmentationMetric
 
 CLASSES = 4
@@ -96,6 +97,43 @@ def test_depth_by_hand() -> None:
             "legacy/depth_rel": ((1 / 2 + 1 / 5) / 2 + 5 / 4 + 1 / 8) / 3,
         }
     )
+
+
+def test_normals_by_hand() -> None:
+    metric = NormalsMetric("cpu")
+    angles = [0.0, 10.0, 20.0, 25.0, 90.0, 180.0]
+    turned = [[math.sin(math.radians(a)), 0.0, -math.cos(math.radians(a))] for a in angles]
+    prediction = 3 * torch.tensor([*turned, [1.0, 2.0, 3.0]]).T.reshape(1, 3, 1, 7)  # of any length
+    target = torch.tensor([*[[0.0, 0.0, -1.0]] * 6, [0.0, 0.0, 0.0]]).T.reshape(1, 3, 1, 7)  # the last is invalid
+    metric.update(prediction[..., :2], target[..., :2])
+    metric.update(prediction[..., 2:], target[..., 2:])
+    assert metric.compute() == pytest.approx(
+        {
+            "normal_mean": sum(angles) / 6,
+            "normal_median": 20.0,  # the lower of the two in the middle
+            "normal_11": 2 / 6,
+            "normal_22": 3 / 6,
+            "normal_30": 4 / 6,
+        },
+        abs=0.01,
+    )
+
+
+def test_normals_equal_numpy() -> None:
+    g = torch.Generator().manual_seed(0)
+    target = torch.nn.functional.normalize(torch.randn(2, 3, 9, 11, generator=g), dim=1)
+    prediction = target + 0.4 * torch.randn(2, 3, 9, 11, generator=g)
+    target[:, :, :2] = 0
+    metric = NormalsMetric("cpu")
+    metric.update(prediction, target)
+    p, t = (x[:, :, 2:].double().movedim(1, -1).reshape(-1, 3).numpy() for x in (prediction, target))
+    cosine = (p * t).sum(1) / np.linalg.norm(p, axis=1) / np.linalg.norm(t, axis=1)
+    angle = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
+    found = metric.compute()
+    assert found["normal_mean"] == pytest.approx(angle.mean(), rel=1e-6)
+    assert found["normal_median"] == pytest.approx(np.median(angle), abs=0.02 + np.diff(np.sort(angle)).max() / 2)
+    for name, degrees in (("normal_11", 11.25), ("normal_22", 22.5), ("normal_30", 30)):
+        assert found[name] == (angle < degrees).mean()
 
 
 def test_segmentation_equals_slow_loops() -> None:
@@ -184,8 +222,10 @@ def test_low_precision_inputs_and_channels_last_count_the_same() -> None:
 
 
 def test_shares_are_to_be_high_and_errors_low() -> None:
-    names = {*SegmentationMetric(NAMES, "cpu").compute(), *DepthMetric("cpu").compute(), "loss/depth"}
+    metrics = SegmentationMetric(NAMES, "cpu"), DepthMetric("cpu"), NormalsMetric("cpu")
+    names = {"loss/depth", *(name for metric in metrics for name in metric.compute())}
     high = {"miou", "accuracy", "legacy/miou", "legacy/accuracy", "depth_delta1"}
+    high |= {"normal_11", "normal_22", "normal_30"}
     assert {name for name in names if higher_is_better(name)} == high
 
 

@@ -190,7 +190,8 @@ class Depth(Task):
         """See ``Task``."""
         top = max(counts["max"] for counts in statistics) * self.scale
         low = min((counts["min"] * self.scale for counts in statistics if counts["valid"]), default=top)
-        return depth_colors(target * self.scale, max(low, self.scale), top)
+        low = max(low, self.scale)
+        return depth_colors(target * self.scale, low, max(top, low))
 
     def result(self, output: Tensor, size: tuple[int, int]) -> np.ndarray:
         """float32 (height, width) in the unit of depth."""
