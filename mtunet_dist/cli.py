@@ -28,14 +28,20 @@ VERBS = {
 
 def main() -> None:
     """Run the verb named first with the rest of the command line."""
-    startup.begin()
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in VERBS:
         sys.argv = [f"mtunet {verb}", *sys.argv[2:]]
-        command(lambda: _import(verb))()
-        importlib.import_module(f"mtunet_dist.{verb}").main()
+        run(verb)
     else:
+        startup.begin()
         command(lambda: _about(verb))()
+
+
+def run(verb: str) -> None:
+    """Run a verb with the words of the command line. The scripts of the repository call this."""
+    startup.begin()
+    command(lambda: _import(verb))()
+    importlib.import_module(f"mtunet_dist.{verb}").main()
 
 
 def _import(verb: str) -> None:

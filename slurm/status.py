@@ -1,6 +1,6 @@
 """The runs under a folder and their progress: ``python slurm/status.py [FOLDER]``, or ``mtunet status``."""
 
-from mtunet_dist.status import main
+from mtunet_dist.cli import run
 
 if __name__ == "__main__":
-    main()
+    run("status")

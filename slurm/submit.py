@@ -1,6 +1,6 @@
 """Submit to Slurm: ``python slurm/submit.py train CONFIG key=value... --nodes=2``, or ``mtunet submit``."""
 
-from mtunet_dist.submit import main
+from mtunet_dist.cli import run
 
 if __name__ == "__main__":
-    main()
+    run("submit")

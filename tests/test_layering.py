@@ -102,7 +102,9 @@ def test_the_scripts_that_users_call_only_call_a_verb() -> None:
     scripts = [path for folder in DOORS for path in (REPOSITORY / folder).glob("*.py")]
     assert len(scripts) == 5
     for path in scripts:
-        assert imports(path) == {f"mtunet_dist.{VERBS[f'{path.parent.name}/{path.stem}']}.main"}, path
+        assert imports(path) == {"mtunet_dist.cli.run"}, path
+        verb = VERBS[f"{path.parent.name}/{path.stem}"]
+        assert path.read_text(encoding="utf-8").endswith(f'if __name__ == "__main__":\n    run("{verb}")\n'), path
 
 
 def test_the_package_does_not_import_what_starts_it() -> None:

@@ -57,7 +57,7 @@ def test_layout_and_formats_are_those_of_cityscapes(tree: Path) -> None:
     for kind, end in (("leftImg8bit", "leftImg8bit.png"), ("gtFine", "gtFine_labelIds.png")):
         assert (tree / kind / "train" / "synth1" / f"synth1_000001_000019_{end}").is_file()
     assert (tree / "disparity/val/synth3/synth3_000001_000019_disparity.png").is_file()
-    assert len(contents(tree)) == 7 * 4 + 1
+    assert len(contents(tree)) == 7 * 5 + 1
     for split, index in (("train", 3), ("val", 0), ("test", 0)):
         files = scene_files(tree, split, index)
         modes = {kind: Image.open(files[kind]) for kind in ("leftImg8bit", "gtFine", "disparity")}
@@ -179,7 +179,7 @@ def test_stereo_leaves_holes_left_of_near_things_and_at_the_left_border() -> Non
     disparity = np.full((40, 200), 10.0, dtype=np.float32)
     disparity[:, 100:140] = 40
     image = np.full((40, 200, 3), 128, dtype=np.uint8)
-    picture = Rendering(image, image[..., 0], disparity / 40, np.zeros((40, 200), dtype=bool))
+    picture = Rendering(image, image[..., 0], disparity / 40, np.zeros((40, 200), dtype=bool), np.zeros((40, 200, 3)))
     valid = stored_disparity(picture, camera, np.random.default_rng(0)) > 0
     share = valid.mean(axis=0)
     assert share[:9].max() == share[71:99].max() == 0

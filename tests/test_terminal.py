@@ -51,6 +51,10 @@ def words(trained: Path, prepared: Path, tmp_path: Path) -> Words:
         "train": [trained / "config.yaml"],
         "evaluate": [trained / "läufe"],
         "reproduce": ["--help"],
+        "launch": ["--help"],
+        "sweep": ["--help"],
+        "submit": ["--help"],
+        "status": [trained],
         "predict": [trained / "läufe", prepared.parent / "source" / "val" / "rgb", "--out", out],
         "export": [trained / "läufe", "--out", tmp_path / "gewichte-ü.safetensors"],
     }
@@ -149,12 +153,21 @@ def hooked(tmp_path: Path) -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(tmp_path)}
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
+@pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb != "status"])  # that imports neither
 @pytest.mark.parametrize("way", ["mtunet", "python -m"])
 def test_ctrl_c_during_imports_is_a_line_and_threads_were_told_to_wait_before_torch(
     verb: str, way: str, hooked: dict[str, str]
 ) -> None:
     words = [str(SCRIPTS / "mtunet"), verb] if way == "mtunet" else ["-m", f"mtunet_dist.{verb}"]
+    _interrupted_import(words, hooked)
+
+
+@pytest.mark.parametrize("script", ["launch/local.py", "launch/nodes.py", "tune/sweep.py", "slurm/submit.py"])
+def test_ctrl_c_during_imports_of_a_script_is_a_line(script: str, hooked: dict[str, str]) -> None:
+    _interrupted_import([script], hooked)
+
+
+def _interrupted_import(words: list[str], hooked: dict[str, str]) -> None:
     ended = subprocess.run(
         [sys.executable, *words, "--help"], env=hooked, cwd=REPOSITORY, capture_output=True, text=True, timeout=120
     )
@@ -168,7 +181,7 @@ def ends(tmp_path: Path, code: str) -> tuple[int, str]:
     file.write_text(
         "import os, signal, sys, time\n"
         "if __name__ == '__main__': signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from mtunet_dist.errors import command\nfrom mtunet_dist.system.workers import Pool\n" + code,
+        "from mtunet_dist.system.command import command\nfrom mtunet_dist.system.workers import Pool\n" + code,
         encoding="utf-8",
     )
     ended = subprocess.run(
