@@ -44,6 +44,7 @@ from mtunet_dist.sources import folder
 from mtunet_dist.sources._images import decode
 from mtunet_dist.sources._source import RawSample
 from mtunet_dist.tasks._task import Task
+from mtunet_dist.tasks.normals import Normals
 from mtunet_dist.tasks.segmentation import ClassInfo, Segmentation
 from mtunet_dist.train import train
 
@@ -179,7 +180,9 @@ def test_a_blank_target_has_no_valid_pixel(task: Task) -> None:
     counts = task.count(blank)
     assert (counts["pixels"], counts["valid"], counts["samples_without"]) == (HEIGHT * WIDTH, 0, 1)
     assert task.rows(counts) and task.tally(blank).sum() == 0
-    for target in (as_target(task, [blank, blank]), task.warm_up(HEIGHT, CPU)):
+    batch, warm = as_target(task, [blank, blank]), task.warm_up(HEIGHT, CPU)
+    assert warm.dtype == batch.dtype and warm.shape == (1, *batch.shape[1:-2], HEIGHT, HEIGHT)
+    for target in (batch, warm):
         output = torch.randn(len(target), task.channels, *target.shape[-2:], requires_grad=True)
         loss = _mean(*task.loss(output, target))
         loss.backward()
@@ -306,6 +309,23 @@ def test_a_flip_of_a_flip_is_the_target(task: Task) -> None:
         assert torch.equal(flipped.flip(-1) * sign.view(1, -1, 1, 1), target)
     counts = task.valid(flipped), task.valid(as_target(task, [stored], [Draw(2, 3, 16, 24, 2.0, True)]))
     assert counts[0] == task.valid(target) and counts[1] != 0
+
+
+def test_a_flip_turns_normals_around() -> None:
+    """Left and right are exchanged in the picture, and so in the vectors."""
+    task, flip = Normals("normals"), Draw(0, 0, 1, 2, 1.0, True)
+    stored = task.from_numbers(np.array([[[0.6, 0.0, -0.8], [0.0, 0.6, -0.8]]]), "x")
+    flipped = as_target(task, [stored], [flip])[0, :, 0].T
+    torch.testing.assert_close(flipped, torch.tensor([[0.0, 0.6, -0.8], [-0.6, 0.0, -0.8]]), rtol=0, atol=1e-4)
+
+
+def test_normals_of_an_image_are_those_of_the_usual_coding() -> None:
+    pixels = np.array([[[255, 128, 128], [128, 255, 127], [127, 128, 0], [0, 0, 0]]], dtype=np.uint8)
+    found = Normals("normals").from_image(pixels, "x") / 32767
+    np.testing.assert_allclose(found, [[[1, 0, 0], [0, 1, 0], [0, 0, -1], [0, 0, 0]]], atol=0.01)
+    for numbers in ([[[0.0, 0.3, 0.0]]], [[[0.0, 0.0, 2.0]]], [[0.0, 1.0]]):
+        with pytest.raises(InputError, match=r"^x: "):
+            Normals("normals").from_numbers(np.array(numbers), "x")
 
 
 class Several:
