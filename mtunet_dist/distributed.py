@@ -142,13 +142,13 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
-def everyone(value: T) -> list[T]:
+def all_gather_object(value: T) -> list[T]:
     """Return the picklable ``value`` of every rank, in rank order, on every rank."""
     values: list[T] = from_main(gather_to_main(value))
     return values
 
 
-def decide(choose: Callable[[], T]) -> T:
+def on_main(choose: Callable[[], T]) -> T:
     """Call ``choose`` on rank 0 only, and return its result on every rank.
 
     If ``choose`` raises an MTUNetError, every rank raises it, so that no rank waits for one that has stopped.

@@ -67,7 +67,7 @@ def train(config: Config, on_eval: OnEval | None = None) -> dict[str, float]:
                 said = INTERRUPTED if distributed.is_main() else ""
                 with closing(tracker), StopRequest(on_interrupt=said) as stop, _no_garbage_collection():
                     _loop(run, tracker, stop, watchdog, on_eval or _ignore)
-                    distributed.decide(tracker.check)
+                    distributed.on_main(tracker.check)
             return run.progress.metrics
 
 
@@ -98,7 +98,7 @@ def _loop(run: Run, tracker: Tracker, stop: StopRequest, watchdog: Watchdog, on_
             report, stopping = _report(run, window, lr, stop, tracker)
             if run.lock is not None:
                 run.lock.end_if_lost()  # before anything is written
-            tracker.steps(progress.step, report)
+            tracker.log_steps(progress.step, report)
             window.clear()
             gc.collect()
 
@@ -143,7 +143,7 @@ def _report(run: Run, window: list[Tensor], lr: float, stop: StopRequest, tracke
     if unsaved:
         resume.check_written(run)
     if unsaid:
-        distributed.decide(tracker.check)
+        distributed.on_main(tracker.check)
     tasks = [task.name for task in run.module.tasks]
     names = [*(f"loss '{name}'" for name in [*tasks, "total"]), "gradient norm"]
     if run.config.precision == "fp16" and run.strategy.loss_scale >= LEAST_LOSS_SCALE:
@@ -157,7 +157,7 @@ def _report(run: Run, window: list[Tensor], lr: float, stop: StopRequest, tracke
                     "A lower optim.lr, or optim.clip_norm=1, may help"
                 )
     if unsound:
-        found = distributed.everyone(first_broken(run.strategy.tensors(), distributed.world_size()))
+        found = distributed.all_gather_object(first_broken(run.strategy.tensors(), distributed.world_size()))
         what = next(filter(None, found), "the state")
         first, last = run.progress.step - len(window) + 1, run.progress.step
         raise NonFiniteLossError(
@@ -197,7 +197,7 @@ def _evaluate_and_save(
 def _evaluate(run: Run, tracker: Tracker, watchdog: Watchdog) -> bool:
     """Evaluate, report and draw. Returns whether the model is the best so far."""
     distributed.average_statistics(run.module)
-    with watchdog.evaluation(), run.strategy.whole() as module:
+    with watchdog.evaluation(), run.strategy.full_weights() as module:
         module.eval()
         result = evaluate(module, run.eval_loader, run.device, on_batch=watchdog.beat)
         if reference := run.config.checkpoint.reference:

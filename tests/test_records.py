@@ -57,7 +57,7 @@ DAMAGES: dict[str, Damage] = {
 def by_training(folder: Path, config: Config) -> None:
     """A resumed one: what it says is a record again, whatever came before."""
     tracker = Tracker(folder, start_step=3, total_steps=6, steps_per_epoch=3, batch_size=4)
-    tracker.steps(4, StepReport({"total": 1.0}, {}, lr=0.1, grad_norm=1.0))
+    tracker.log_steps(4, StepReport({"total": 1.0}, {}, lr=0.1, grad_norm=1.0))
     tracker.close()
     tracker.check()
     assert json.loads((folder / "metrics.jsonl").read_bytes().splitlines()[-1])["step"] == 4

@@ -122,5 +122,5 @@ def _decide() -> None:
         raise InputError("no")
 
     with pytest.raises(InputError, match="no"):
-        distributed.decide(refuse)
-    assert distributed.decide(os.getpid) == distributed.from_main(os.getpid())
+        distributed.on_main(refuse)
+    assert distributed.on_main(os.getpid) == distributed.from_main(os.getpid())

@@ -57,7 +57,7 @@ def make_tracker(tmp_path: Path) -> Callable[..., Tracker]:
 
 
 def tell(tracker: Tracker, step: int) -> None:
-    tracker.steps(step, StepReport({"total": float(step)}, {}, lr=0.1, grad_norm=1.0))
+    tracker.log_steps(step, StepReport({"total": float(step)}, {}, lr=0.1, grad_norm=1.0))
 
 
 def evaluate(tracker: Tracker, step: int) -> None:

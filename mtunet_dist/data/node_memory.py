@@ -21,14 +21,14 @@ def node() -> tuple[str, int, int]:
 
 def ranks_of_node() -> list[int]:
     """The ranks that can share memory with this one, including itself. All ranks call it together."""
-    nodes = distributed.everyone(node())
+    nodes = distributed.all_gather_object(node())
     return [rank for rank, other in enumerate(nodes) if other == nodes[distributed.rank()]]
 
 
 def raise_any(problem: str | None) -> None:
     """Raise the first ``problem`` of any rank as InputError on all ranks, so that no rank waits for one that has
     stopped."""
-    for found in distributed.everyone(problem):
+    for found in distributed.all_gather_object(problem):
         if found is not None:
             raise InputError(found)
 

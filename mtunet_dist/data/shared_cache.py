@@ -66,11 +66,11 @@ def node_copy(
         for taken in (found, lock):
             if taken is not None:
                 stack.enter_context(taken)
-        complete = distributed.everyone(found is not None)[leader]
+        complete = distributed.all_gather_object(found is not None)[leader]
         file = stack.enter_context(_leaders_file(found, name, size, what, leader))
         share = positions[:0] if complete else positions[members.index(rank) :: len(members)]
         notes = _decoded(file, size, share, decode, threads)
-        of_ranks = distributed.everyone(_read_notes(file, size) if complete else notes)
+        of_ranks = distributed.all_gather_object(_read_notes(file, size) if complete else notes)
         if rank == leader and not complete:
             _seal(file, size, {position: note for m in members for position, note in of_ranks[m].items()})
         data = np.frombuffer(_mapped(file, size), dtype=np.uint8)
@@ -97,7 +97,7 @@ def _find_or_lock(name: str, size: int, *, search: bool) -> tuple[FileIO | None,
             if unfinished != before:
                 before, deadline = unfinished, time.monotonic() + PATIENCE_S
             settled = found is not None or lock is not None or time.monotonic() > deadline
-        if all(distributed.everyone(settled)):
+        if all(distributed.all_gather_object(settled)):
             return found, lock
         for taken in (found, lock):
             if taken is not None:
@@ -149,7 +149,7 @@ def _leaders_file(found: FileIO | None, name: str, size: int, what: str, leader:
             file = FileIO(os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+")
             file.truncate(size)
     node_memory.raise_any(problem)
-    owner, number = distributed.everyone((os.getpid(), file.fileno() if file else -1))[leader]
+    owner, number = distributed.all_gather_object((os.getpid(), file.fileno() if file else -1))[leader]
     if file is None:
         try:
             file = FileIO(f"/proc/{owner}/fd/{number}", "r+")
@@ -167,7 +167,7 @@ def _decoded(file: FileIO, size: int, share: range, decode: Decode, threads: int
     try:
         results = {i: pool.submit(decode, np.frombuffer(memory, dtype=np.uint8), i) for i in share}
         # The ranks synchronise again and again, so that no rank waits in one collective while another one decodes.
-        while not all(distributed.everyone(not wait(results.values(), POLL_S).not_done)):
+        while not all(distributed.all_gather_object(not wait(results.values(), POLL_S).not_done)):
             pass
     finally:
         pool.shutdown(cancel_futures=True)

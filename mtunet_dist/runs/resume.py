@@ -61,10 +61,10 @@ def start(config: Config, device: torch.device) -> Run:
     """
     run = build(config, device)
     try:
-        distributed.decide(lambda: _claim(run))
+        distributed.on_main(lambda: _claim(run))
         _restore(run)
         if not run.finished:
-            distributed.decide(lambda: _describe(run))
+            distributed.on_main(lambda: _describe(run))
     except MTUNetError:
         run.close()
         raise
@@ -98,7 +98,7 @@ def save(run: Run, *, best: bool, wait: bool) -> None:
         run.writer.submit(state, best=best)
     run.progress.submitted()
     if wait:
-        distributed.decide(run.writer.wait)
+        distributed.on_main(run.writer.wait)
 
 
 def adopt(file: Path, config: Config, best: Path | None = None) -> None:
@@ -133,7 +133,7 @@ def check_written(run: Run) -> None:
             return False
         return True
 
-    run.progress.written(distributed.decide(written))
+    run.progress.written(distributed.on_main(written))
 
 
 def _claim(run: Run) -> None:
@@ -161,7 +161,7 @@ def _describe(run: Run) -> None:
 def _restore(run: Run) -> None:
     """Continue from the newest checkpoint, or start with a random state that differs for each rank."""
     torch.manual_seed(run.config.seed * 1_000_003 + distributed.rank() + 1)  # dropout differs between ranks
-    file = distributed.decide(lambda: checkpoint.latest(run.dir / "checkpoints"))
+    file = distributed.on_main(lambda: checkpoint.latest(run.dir / "checkpoints"))
     if file is None:
         return
     if not file.is_file():

@@ -97,7 +97,7 @@ class Tracker:
         self.bar_task = self.bar.add_task(self._epoch(start_step), total=total_steps, completed=start_step, report="")
         self.bar.start()
 
-    def steps(self, done: int, report: StepReport) -> None:
+    def log_steps(self, done: int, report: StepReport) -> None:
         """Record the steps since the last report. ``done`` is the number of the newest step (from 1)."""
         if not self.main:
             return

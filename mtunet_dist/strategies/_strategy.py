@@ -16,7 +16,7 @@ class Strategy(Protocol):
     """``PLUGIN(step, config, device, **options)``."""
 
     module: MultiTaskStep
-    """The bare module. Every rank has all its buffers, but perhaps all its parameters only in ``whole``."""
+    """The bare module. Every rank has all its buffers, but perhaps all its parameters only in ``full_weights``."""
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the step on one micro-batch. Returns the total loss and the losses per task."""
@@ -34,7 +34,7 @@ class Strategy(Protocol):
     def loss_scale(self) -> float:
         """The factor of the loss before the backward pass, 1 if not fp16. Reading it waits for the device."""
 
-    def whole(self) -> AbstractContextManager[MultiTaskStep]:
+    def full_weights(self) -> AbstractContextManager[MultiTaskStep]:
         """A module with all current weights and buffers, for evaluation. Every rank enters it."""
 
     def save(self) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class DDPStrategy:
     def loss_scale(self) -> float:
         return self.scaler.get_scale()
 
-    def whole(self) -> AbstractContextManager[MultiTaskStep]:
+    def full_weights(self) -> AbstractContextManager[MultiTaskStep]:
         return nullcontext(self.module)
 
     def save(self) -> dict[str, Any]:

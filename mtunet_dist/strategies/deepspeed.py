@@ -121,7 +121,7 @@ class DeepSpeedStrategy:
         return self.scale.value if self.scale.enabled else 1.0
 
     @contextmanager
-    def whole(self) -> Iterator[MultiTaskStep]:
+    def full_weights(self) -> Iterator[MultiTaskStep]:
         if self.unpartitioned is None:
             yield self.module
             return
