@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from mtunet_dist.data.info import DatasetInfo
 from mtunet_dist.reproduction.experiments import DATASETS, STAND_INS, SYSTEMS, Row
 from mtunet_dist.reproduction.published import FIGURES, OTHERS, SIZE, THE_PAPER
 from mtunet_dist.reproduction.trainings import Training
+from mtunet_dist.system import files
 
 COMPARED = ("miou", "accuracy", "depth_abs", "depth_rel")  # the metrics in delta-m
 COLUMNS = {  # of the full table
@@ -136,22 +136,18 @@ def markdown(
 def write_csv(path: Path, table: str, lines: Sequence[Line]) -> None:
     """One line per row: mean and standard deviation of each metric, unrounded, and the paper's figures. Unknown ones
     are empty."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        figures = [f"{name}_{what}" for name in IN_CSV for what in ("mean", "std")]
-        papers = [f"paper_{name}" for name in FIGURES]
-        writer.writerow(
-            ["kind", "system", "dataset", "parameters", "seeds", "failed_seeds", *figures, "minutes", *papers]
-        )
-        for line in lines:
-            theirs = _papers_figures(table, line)
-            values = [value for name in IN_CSV for value in mean_and_std(line.figures.get(name, ()))]
-            known = ["" if value is None else value for value in (line.parameters, *values, line.minutes)]
-            seeds = [" ".join(map(str, s)) for s in (line.seeds, line.failed)]
-            of_paper = [theirs.get(name, "") for name in FIGURES]
-            writer.writerow([line.kind, line.title, line.dataset, known[0], *seeds, *known[1:], *of_paper])
-    temporary.replace(path)
+    figures = [f"{name}_{what}" for name in IN_CSV for what in ("mean", "std")]
+    papers = [f"paper_{name}" for name in FIGURES]
+    head = ["kind", "system", "dataset", "parameters", "seeds", "failed_seeds", *figures, "minutes", *papers]
+    rows: list[Sequence[object]] = [head]
+    for line in lines:
+        theirs = _papers_figures(table, line)
+        values = [value for name in IN_CSV for value in mean_and_std(line.figures.get(name, ()))]
+        known = ["" if value is None else value for value in (line.parameters, *values, line.minutes)]
+        seeds = [" ".join(map(str, s)) for s in (line.seeds, line.failed)]
+        of_paper = [theirs.get(name, "") for name in FIGURES]
+        rows.append([line.kind, line.title, line.dataset, known[0], *seeds, *known[1:], *of_paper])
+    files.write_csv(path, rows)
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float | None, float | None]:

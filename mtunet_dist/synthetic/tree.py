@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from mtunet_dist.synthetic.geometry import Camera
 from mtunet_dist.synthetic.render import render
 from mtunet_dist.synthetic.scene import random_scene
 from mtunet_dist.synthetic.stereo import stored_disparity
+from mtunet_dist.system.files import write_atomically
 
 # Increased whenever the same settings give a file another content. A kind of file that is new needs no increase: it is
 # added to the scenes of an older tree.
@@ -95,9 +95,5 @@ def _png(pixels: np.ndarray) -> Callable[[BinaryIO], object]:
 
 
 def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write to a temporary file beside it and rename, so that an existing file is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("wb") as file:
-        write(file)
-    partial.replace(path)
+    write_atomically(path, write, sync=False)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from mtunet_dist.sweeps.objective import Goal
 from mtunet_dist.sweeps.ranking import Ranking, is_known, limits, values_of
 from mtunet_dist.sweeps.report.importance import Importance, Importances
 from mtunet_dist.sweeps.report.parallel import BEST, DPI, parallel
+from mtunet_dist.system.files import write_atomically
 
 # Colours that the colour-blind can tell apart: Okabe and Ito, https://jfly.uni-koeln.de/color
 FINISHED, STOPPED, UNFINISHED, FAILED, EXPLOIT = "#0072B2", "#A0A0A0", "#56B4E9", "#000000", "#009E73"
@@ -66,9 +67,7 @@ def draw(
             "How much the goal depends on each setting, as a multiple of what chance reaches in 1 of 20 cases.",
         )
     for name, (figure, _) in figures.items():
-        temporary = folder / f"{name}.{os.getpid()}.tmp"
-        figure.savefig(temporary, format="png")
-        temporary.replace(folder / name)
+        write_atomically(folder / name, functools.partial(figure.savefig, format="png"))
     return {name: caption for name, (_, caption) in figures.items()}
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from mtunet_dist.sweeps.ranking import Ranking, rank, text, values_of
 from mtunet_dist.sweeps.report.figures import draw
 from mtunet_dist.sweeps.report.importance import MIN_TRIALS, Importance, Importances, importances
 from mtunet_dist.sweeps.report.parallel import shortened
+from mtunet_dist.system import files
 from mtunet_dist.system.files import read_json, write_text
 from mtunet_dist.system.place import BEST
 
@@ -96,20 +95,14 @@ def write_csv(path: Path, trials: Sequence[Trial], sweep: Sweep) -> None:
     keys, goals = list(sweep.dimensions), [goal.name for goal in sweep.objective.goals]
     names = dict.fromkeys(name for trial in trials if trial.last for name in trial.last.metrics)
     metrics = [name for name in names if name not in goals]
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["trial", "status", "epoch", *keys, *goals, *metrics, "error"])
-        for trial in trials:
-            parameters = [text(trial.parameters[key]) if key in trial.parameters else "" for key in keys]
-            last = trial.last.metrics if trial.last else {}
-            figures = [
-                *(values_of(trial, sweep) if trial.last else [""] * len(goals)),
-                *(last.get(m, "") for m in metrics),
-            ]
-            epoch = trial.last.epoch if trial.last else ""
-            writer.writerow([trial.id, trial.status, epoch, *parameters, *figures, trial.error])
-    temporary.replace(path)
+    rows: list[Sequence[object]] = [["trial", "status", "epoch", *keys, *goals, *metrics, "error"]]
+    for trial in trials:
+        parameters = [text(trial.parameters[key]) if key in trial.parameters else "" for key in keys]
+        last = trial.last.metrics if trial.last else {}
+        figures = [*(values_of(trial, sweep) if trial.last else [""] * len(goals)), *(last.get(m, "") for m in metrics)]
+        epoch = trial.last.epoch if trial.last else ""
+        rows.append([trial.id, trial.status, epoch, *parameters, *figures, trial.error])
+    files.write_csv(path, rows)
 
 
 @dataclass(frozen=True)
