@@ -141,7 +141,7 @@ def test_damaged_files_of_a_source_are_named_or_harmless(tmp_path: Path, in_sour
             outcomes[sample.key] = NAMED if any(name in str(raw) for name in names) else WRONG
         else:
             name = part.split()[0]
-            pixels = getattr(raw, name)
+            pixels = {"rgb": raw.rgb, "label": raw.targets["segmentation"], "depth": raw.targets["depth"]}[name]
             assert checked is None and pixels.shape == good[part].shape and pixels.dtype == good[part].dtype
             same = np.array_equal(pixels, good[part])
             outcomes[sample.key] = HARMLESS if same else UNDETECTABLE if part == "rgb jpeg" else WRONG
@@ -286,13 +286,13 @@ def test_what_only_dali_refuses_is_named(prepared: Path, tmp_path: Path, monkeyp
     prepare("folder", prepared.parent / "source", good, **size, shard_size=4, target_format="png")
     shutil.copytree(good, copy)
     index = json.loads((copy / "train.index.json").read_text())
-    for i, part, at, bit in ((2, "label", -9, 1), (5, "depth", -9, 1), (6, "rgb", 5, 16)):
-        offset, size = index[part][i]
+    for i, part, at, bit in ((2, "segmentation", -9, 1), (5, "depth", -9, 1), (6, "rgb", 5, 16)):
+        offset, size = index["spans"][part][i]
         shard = copy / f"train-{i // 4:05d}.tar"
         data = bytearray(shard.read_bytes())
         data[offset + at % size] ^= bit
         shard.write_bytes(data)
-        index["crc32"][i][("rgb", "label", "depth").index(part)] = zlib.crc32(data[offset : offset + size])
+        index["crc32"][part][i] = zlib.crc32(data[offset : offset + size])
     (copy / "train.index.json").write_text(json.dumps(index))
     split, order = PreparedDataset(copy).split("train"), EvalOrder(12, batch_size=4)
     for i in (2, 5, 6):

@@ -177,8 +177,8 @@ def test_gains_of_ours_are_of_one_seed_and_one_dataset() -> None:
     assert claims.our_gains(claim, results, stand_in=True) == pytest.approx([1.0, 4.0])
     assert claims.our_gains(claim, results, stand_in=False) == []
     less = dataclasses.replace(claim, metric="depth_rel", unit="percent")
-    assert less.gain({"m": 0.9}, {"m": 1.0}, "m") == pytest.approx(10.0)
-    assert math.isnan(less.gain({}, {"m": 1.0}, "m"))
+    assert less.gain({"depth_rel": 0.9}, {"depth_rel": 1.0}, "depth_rel") == pytest.approx(10.0)
+    assert math.isnan(less.gain({}, {"depth_rel": 1.0}, "depth_rel"))
 
 
 @pytest.mark.parametrize(
