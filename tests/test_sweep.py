@@ -7,6 +7,7 @@ import math
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from training import records, wait_until
 from mtunet_dist.config import load_config
 from mtunet_dist.errors import InputError
 from mtunet_dist.runs import checkpoint
+from mtunet_dist.sweep import main
 from mtunet_dist.sweeps.config import Sweep, check_trials, find_config, load_sweep, trial_config
 from mtunet_dist.sweeps.folder import read_trials
 from mtunet_dist.system.folder_lock import LOCK
@@ -164,7 +166,25 @@ def test_a_ray_that_cannot_be_joined_is_named_at_once(sweep_file: Path) -> None:
     assert f"error: cannot join the Ray at --address {address}" in done.stderr and "refused" in done.stderr
 
 
-def test_a_sweep_survives_a_kill_and_a_failing_trial_and_repeats_no_work(sweep_file: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """``here(file, word...)``: the sweep as ``run_sweep``, but in this process; its exit code and its errors."""
+
+    def run(file: Path, *words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["sweep", str(file), *words])
+        code = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        return code, capfd.readouterr().err
+
+    return run
+
+
+def test_a_sweep_survives_a_kill_and_a_failing_trial_and_repeats_no_work(
+    sweep_file: Path, tmp_path: Path, here: Callable[..., tuple[int, str]]
+) -> None:
     folder = tmp_path / "sweep"
     code, _ = disturb_after("trial 00000  finished", sweep_file, psutil.Process.kill)
     assert code == -signal.SIGKILL
@@ -180,16 +200,16 @@ def test_a_sweep_survives_a_kill_and_a_failing_trial_and_repeats_no_work(sweep_f
     logs = logs_of(folder)
     assert [text.count("; starting;") for text in logs.values()] == [1, 1, 1]
 
-    again = run_sweep(sweep_file, "max_concurrent=2")
-    assert again.returncode == 0, again.stderr
-    assert run_sweep(sweep_file, "--report").returncode == 0
+    code, errors = here(sweep_file, "max_concurrent=2")
+    assert code == 0, errors
+    assert here(sweep_file, "--report")[0] == 0
     assert read_csv(folder / "results.csv") == rows and logs_of(folder) == logs
-    other = run_sweep(sweep_file, "seed=1")
-    assert other.returncode == 2
-    assert other.stderr.startswith("error: ") and "seed=0 (now 1)" in other.stderr
+    code, errors = here(sweep_file, "seed=1")
+    assert code == 2
+    assert errors.startswith("error: ") and "seed=0 (now 1)" in errors
 
-    nothing = run_sweep(sweep_file, "--report", f"run_dir={tmp_path / 'none'}")
-    assert nothing.returncode == 2 and "holds no sweep" in nothing.stderr
+    code, errors = here(sweep_file, "--report", f"run_dir={tmp_path / 'none'}")
+    assert code == 2 and "holds no sweep" in errors
 
     best = load_config(folder / "best.yaml")
     trial_run = load_config(folder / "trials" / rows[0]["trial"] / "config.yaml")
