@@ -37,6 +37,7 @@ from mtunet_dist.tasks.segmentation import Segmentation
 
 SHORTER = ["epochs=1", "device=cpu", "eval_batch_size=4"]
 NEVER = f"{sys.executable} -c 1/0 {{config}}"  # a launcher that fails whenever it is used
+ALONE = f"{sys.executable} -m mtunet_dist.train {{config}}"  # one process, not torchrun's three
 MakeSetup = Callable[..., Setup]
 
 
@@ -354,8 +355,9 @@ def test_protocols_best_and_mean10_train_and_measure(
     monkeypatch.setitem(experiments.TARGETS, "table2", of("st_unet"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     words = ["table2", "--nyuv2", str(three_splits), "--out", str(tmp_path), *SHORTER, "epochs=3"]
+    alone = ["--launcher", ALONE]
     best = [*words, "--protocol", "best", "checkpoint.best=delta_m", "checkpoint.reference={miou: 0.2, depth_abs: 1}"]
-    assert run(monkeypatch, *best) == 0, capsys.readouterr()
+    assert run(monkeypatch, *best, *alone) == 0, capsys.readouterr()
     folder = tmp_path / "smoke" / "nyuv2-best" / "st_unet" / "seed0"
     config = load_config(folder / "config.yaml")
     assert (config.data.train, config.data.eval) == ("train", "val")  # chosen without a look at test
@@ -367,7 +369,7 @@ def test_protocols_best_and_mean10_train_and_measure(
     assert float(line["miou_mean"]) == measured["metrics"]["miou"]
     assert run(monkeypatch, *best, "--launcher", NEVER) == 0
 
-    assert run(monkeypatch, *words, "--protocol", "mean10") == 0, capsys.readouterr()
+    assert run(monkeypatch, *words, *alone, "--protocol", "mean10") == 0, capsys.readouterr()
     lines = (tmp_path / "smoke" / "nyuv2-mean10" / "st_unet" / "seed0" / "metrics.jsonl").read_text().splitlines()
     evaluations = [json.loads(line) for line in lines if '"eval"' in line]
     assert len(evaluations) == 3
@@ -385,7 +387,7 @@ def test_streets_are_made_by_the_command_and_every_text_says_so(
     rows = (Row("mtunet", "cityscapes7"), Row("mtunet", "cityscapes19"))
     monkeypatch.setitem(experiments.TARGETS, "table1", Target("Table 1: the systems on Cityscapes", rows))
     words = ["table1", "--on", "streets", "--streets", str(tmp_path / "data"), "--out", str(tmp_path), *SHORTER]
-    assert run(monkeypatch, *words) == 0, capsys.readouterr()
+    assert run(monkeypatch, *words, "--launcher", ALONE) == 0, capsys.readouterr()
     text = (tmp_path / "smoke" / "table1-streets.md").read_text(encoding="utf-8")
     assert text.startswith("# Table 1: the systems on Cityscapes; synthetic streets instead")
     assert text.count("These are not Cityscapes") == 2
