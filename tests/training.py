@@ -29,7 +29,12 @@ from mtunet_dist.train import train
 
 MakeConfig = Callable[..., Config]
 LAUNCH = [sys.executable, str(Path(__file__).parent.parent / "launch" / "local.py"), "--nproc=2"]
-PRELOAD = ["__main__", "mtunet_dist.train", "mtunet_dist.data.dali"]
+PRELOAD = [
+    *("__main__", "mtunet_dist.train", "mtunet_dist.data.dali"),
+    *("mtunet_dist.models.mtunet", "mtunet_dist.strategies.ddp", "mtunet_dist.tasks.normals"),
+    *("mtunet_dist.weightings.learned", "torch.utils.tensorboard"),
+    "torch._dynamo",  # which torch imports when a training begins, and which takes as long as torch itself
+]
 TASKS = [
     Segmentation("segmentation", tuple(ClassInfo(name, (0, 0, 0)) for name in "abc")),
     Depth.metric_depth(0.001),
