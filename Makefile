@@ -1,5 +1,5 @@
 # make demo   train MT-UNet on synthetic streets, from nothing to a table and a picture
-# make test   run the tests, two files at a time
+# make test   run the tests, three files at a time: those of Slurm mostly wait
 # make lint   ruff and mypy
 PYTHON ?= python3
 BIN := .venv/bin
@@ -25,7 +25,7 @@ demo: .venv/installed
 	@echo "once more:   the same command resumes, or finds its work done; rm -r runs/demo starts anew"
 
 test: .venv/installed
-	$(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -22,7 +22,11 @@ torch.set_num_threads(1)  # as each rank has in these tests: with more, convolut
 HEIGHT, WIDTH = 32, 48
 COUNTS = {"train": 12, "val": 5}
 CLASSES = ["floor", "wall", "box"]
-LONGEST = ["test_slurm_real.py", "test_faults.py", "test_slurm_hosts.py"]
+LONGEST = [  # longest first
+    *("test_slurm_real.py", "test_faults.py", "test_sweep.py", "test_slurm_hosts.py", "test_deepspeed.py"),
+    *("test_interrupts.py", "test_reproduce.py", "test_launch_nodes.py", "test_sweep_workers.py"),
+    *("test_benchmarks.py", "test_launch_local.py", "test_preemption.py", "test_resume.py"),
+]
 
 
 def write_folder_source(root: Path) -> None:
@@ -53,8 +57,9 @@ def write_folder_source(root: Path) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes that share the files end at about the same time if they begin with the longest."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    """Processes that share the files end at about the same time if they begin with the longest."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)
