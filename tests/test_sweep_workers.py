@@ -1,4 +1,4 @@
-"""Trials of two processes each, inside Tune: the result of torchrun, a killed process, a stop, an error."""
+"""Trials of two processes each, inside Tune: the result of two ranks, a killed process, a stop, an error."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from training import LAUNCH, assert_same_state, final_state, kill_all, records, steps_done, wait_until
+from training import assert_same_state, final_state, on_two_ranks, records, steps_done, wait_until
 
 from mtunet_dist.config import load_config
 from mtunet_dist.errors import InputError
 from mtunet_dist.runs import checkpoint
 from mtunet_dist.sweeps.ray_backend.tuner import local_ray, ray, tune  # it sets what Ray reads when it is imported
 from mtunet_dist.sweeps.ray_backend.workers import resources, train_with_workers
+from mtunet_dist.train import train
 
 EPOCHS = 3
 TRIALS = {"stopped": ["epochs=1000"], "killed": [], "broken": []}  # with settings of their own
@@ -62,36 +62,30 @@ def trial(parameters: dict[str, Any], folder: Path, overrides: list[str]) -> Non
 
 
 @pytest.mark.slow
-def test_trials_of_two_processes_end_as_torchrun_does_and_leave_nothing(
+def test_trials_of_two_processes_end_as_two_ranks_do_and_leave_nothing(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # of Ray's processes
     overrides = [*overrides, f"epochs={EPOCHS}", "log.every_steps=1"]
     reference = tmp_path / "run"
-    (tmp_path / "config.yaml").write_text("{}\n")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    torchrun = subprocess.Popen([*LAUNCH, str(tmp_path / "config.yaml"), *overrides], env=environment)
-    try:
-        with local_ray():
-            trainable = tune.with_parameters(trial, folder=tmp_path, overrides=overrides)
-            results = tune.Tuner(
-                tune.with_resources(trainable, resources(2, cpus=1, gpus=0)),
-                param_space={"name": tune.grid_search(list(TRIALS))},
-                tune_config=tune.TuneConfig(max_concurrent_trials=1),
-                run_config=tune.RunConfig(
-                    name="tune",
-                    storage_path=str(tmp_path),
-                    stop={"stop": 1},
-                    failure_config=tune.FailureConfig(max_failures=1),
-                    verbose=0,
-                ),
-            ).fit()
-            wait_until(lambda: not any(trained_by(tmp_path / f"{name}.log") for name in TRIALS), patience_s=60)
-            wait_until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], patience_s=60)
-            assert {group["state"] for group in ray.util.placement_group_table().values()} == {"REMOVED"}
-        assert torchrun.wait(timeout=300) == 0
-    finally:
-        kill_all(reference)
+    on_two_ranks(train, load_config(None, overrides))
+    with local_ray():
+        trainable = tune.with_parameters(trial, folder=tmp_path, overrides=overrides)
+        results = tune.Tuner(
+            tune.with_resources(trainable, resources(2, cpus=1, gpus=0)),
+            param_space={"name": tune.grid_search(list(TRIALS))},
+            tune_config=tune.TuneConfig(max_concurrent_trials=1),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=str(tmp_path),
+                stop={"stop": 1},
+                failure_config=tune.FailureConfig(max_failures=1),
+                verbose=0,
+            ),
+        ).fit()
+        wait_until(lambda: not any(trained_by(tmp_path / f"{name}.log") for name in TRIALS), patience_s=60)
+        wait_until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], patience_s=60)
+        assert {group["state"] for group in ray.util.placement_group_table().values()} == {"REMOVED"}
 
     (error,) = results.errors
     assert isinstance(error.cause, ValueError) and "no number" in str(error.cause)
