@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from training import MakeConfig, final_state, on_two_ranks
 
+from helpers.training import MakeConfig, final_state, on_two_ranks
 from mtunet_dist import evaluate, submit
 from mtunet_dist.config import Config, load_config, save_config
 from mtunet_dist.errors import InputError

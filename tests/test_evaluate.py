@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from training import on_ranks
 
+from helpers.training import on_ranks
 from mtunet_dist import distributed, plugins
 from mtunet_dist import evaluate as evaluation
 from mtunet_dist import export as exporting

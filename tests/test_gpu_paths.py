@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from nvidia.dali import backend, pipeline_def
-from training import TASKS, MakeConfig
 
+from helpers.training import TASKS, MakeConfig
 from mtunet_dist import distributed, plugins
 from mtunet_dist.config import DaliConfig, load_config
 from mtunet_dist.core.step import set_fp32_precision

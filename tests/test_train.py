@@ -18,8 +18,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch._dynamo.utils import counters
-from training import LAUNCH, MakeConfig, final_state, kill_all, on_two_ranks, records, start
 
+from helpers.training import LAUNCH, MakeConfig, final_state, kill_all, on_two_ranks, records, start
 from mtunet_dist import distributed
 from mtunet_dist.config import Config, load_config
 from mtunet_dist.core.comparison import delta_m

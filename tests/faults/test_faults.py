@@ -18,10 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import preloaded
 import pytest
-from training import assert_same_state, final_state, kill_all, records
 
+from helpers import preloaded
+from helpers.training import assert_same_state, final_state, kill_all, records
 from mtunet_dist.runs import checkpoint
 from mtunet_dist.system.command import HUNG
 

@@ -1,0 +1,1 @@
+"""What several tests use: small trainings, damage, and clusters of their own."""
