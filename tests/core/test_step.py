@@ -82,13 +82,13 @@ def test_the_count_finds_what_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_garbage_is_collected_after_reports_alone(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps, collections = Tracker.steps, []
+    steps, collections = Tracker.log_steps, []
 
     def note(self: Tracker, done: int, report: StepReport) -> None:
         steps(self, done, report)
         collections.append(("report", done))
 
-    monkeypatch.setattr(Tracker, "steps", note)
+    monkeypatch.setattr(Tracker, "log_steps", note)
     gc.callbacks.append(lambda phase, info: collections.append(("collect", info["generation"])))
     try:
         train(make_config("log.every_steps=2", "epochs=2", "eval_every_epochs=0", "log.pictures=0"))

@@ -27,14 +27,14 @@ SETTINGS = ["epochs=4", "log.every_steps=2", "eval_every_epochs=2", "data.augmen
 
 def signal_after(step: int, rank: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have ``rank`` send itself a signal once ``step`` has been reported."""
-    steps = Tracker.steps
+    steps = Tracker.log_steps
 
     def send(self: Tracker, done: int, report: StepReport) -> None:
         steps(self, done, report)
         if done == step and distributed.rank() == rank:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Tracker, "steps", send)
+    monkeypatch.setattr(Tracker, "log_steps", send)
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -31,11 +31,11 @@ PACED = """\
 import os, time
 if "LOCAL_RANK" in os.environ and int(os.environ.get("SLURM_RESTART_COUNT", "0")) < 2:
     from mtunet_dist.runs.tracking import Tracker
-    steps = Tracker.steps
+    steps = Tracker.log_steps
     def slow(self, done, report):
         steps(self, done, report)
         time.sleep(float(os.environ.get("PACE", "0")))
-    Tracker.steps = slow
+    Tracker.log_steps = slow
 """
 
 

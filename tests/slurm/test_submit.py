@@ -268,7 +268,7 @@ def test_the_same_script_runs_without_slurm(config_file: Path, tmp_path: Path) -
 def test_states_of_a_run(make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config("epochs=3", "log.every_steps=2")
     run_dir = Path(config.run_dir)
-    steps = tracking.Tracker.steps
+    steps = tracking.Tracker.log_steps
     seen = []
 
     def look(self: tracking.Tracker, done: int, report: tracking.StepReport) -> None:
@@ -277,7 +277,7 @@ def test_states_of_a_run(make_config: MakeConfig, tmp_path: Path, monkeypatch: p
         if done == 4:
             signal.raise_signal(signal.SIGUSR1)
 
-    monkeypatch.setattr(tracking.Tracker, "steps", look)
+    monkeypatch.setattr(tracking.Tracker, "log_steps", look)
     with pytest.raises(MTUNetError):
         train(config)
     assert set(seen) == {"running"}
