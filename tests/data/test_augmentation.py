@@ -187,10 +187,10 @@ def test_order_of_the_colour_changes_is_brightness_contrast_saturation_hue() -> 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("data.augment.hue=0.6", ["data.augment.hue=0.6", "at most 0.5"]),
+        ("data.augment.hue=0.6", ["data.augment.hue=0.6", "must be 0 to 0.5"]),
         ("data.augment.brightness=-1", ["data.augment.brightness=-1", "negative"]),
         ("data.augment.contrast=dark", ["contrast", "dark"]),
-        ("data.dali.hw_decoder_load=2", ["data.dali.hw_decoder_load=2", "at most 1"]),
+        ("data.dali.hw_decoder_load=2", ["data.dali.hw_decoder_load=2", "must be 0 to 1"]),
         ("data.cache=disk", ["disk", "host", "device"]),
         ("data.on_error=ignore", ["ignore", "skip"]),
     ],

@@ -66,7 +66,7 @@ def test_prepared_arrays_are_those_of_the_files(tmp_path: Path, labels: str) -> 
     root = tree(tmp_path / "mtan", labels)
     out = tmp_path / "out"
     made = prepare("mtan", root, out, height=HEIGHT, width=WIDTH, rgb_format="png", options={"labels": labels})
-    assert made.info.settings.options == {"labels": labels}
+    assert made.info.settings.options == {"labels": labels, "normals": False}
     assert len(made.info.targets["segmentation"].classes) == CLASSES[labels]
     for name in ("train", "val"):
         split = made.split(name)

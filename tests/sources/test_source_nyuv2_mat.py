@@ -178,7 +178,7 @@ def test_prepare_resizes_and_says_what_it_made(
         "nyuv2_mat", mat, tmp_path / "out", height=96, width=128, shard_size=1, workers=workers, options=options
     )
     info = dataset.info
-    assert info.settings.options == {"classes": 40, "depth": "raw", "val": True, "crop": False}
+    assert info.settings.options == {"classes": 40, "depth": "raw", "val": True, "crop": False, "normals": False}
     assert info.targets["depth"] == Depth.metric_depth(0.001)
     for name, samples in few.items():
         split = dataset.split(name)

@@ -130,7 +130,13 @@ def test_prepared_cityscapes_equals_a_reading_of_its_own(tmp_path: Path, depth: 
             make_cityscapes(root, split, name)
     options = {"classes": 7, "depth": depth}
     made = prepare("cityscapes", root, tmp_path / "out", height=6, width=6, rgb_format="png", options=options)
-    assert made.info.settings.options == {"classes": 7, "unevaluated": "keep", "depth": depth, "test": False}
+    assert made.info.settings.options == {
+        "classes": 7,
+        "unevaluated": "keep",
+        "depth": depth,
+        "test": False,
+        "normals": False,
+    }
     split = made.split("val")
     assert split.keys == list(names)
     for i, name in enumerate(names):
@@ -153,7 +159,7 @@ def test_prepared_cityscapes_equals_a_reading_of_its_own(tmp_path: Path, depth: 
 
 def test_cityscapes_options_can_be_given_as_words() -> None:
     options = plugin_options("source", "cityscapes", ["classes=19", "depth=inverse"])
-    assert options == {"classes": 19, "unevaluated": "keep", "depth": "inverse", "test": False}
+    assert options == {"classes": 19, "unevaluated": "keep", "depth": "inverse", "test": False, "normals": False}
     with pytest.raises(InputError, match="classes"):
         plugin_options("source", "cityscapes", ["classes=20"])
 
