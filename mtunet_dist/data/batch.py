@@ -36,6 +36,17 @@ def factors_of(tasks: Mapping[str, Task], draws: Sequence[Draw], count: int) -> 
     return {name: factors for name, factors in found.items() if factors is not None}
 
 
+def blank_batch(tasks: Sequence[Task], size: int, device: torch.device) -> Batch:
+    """A black image of ``size`` x ``size`` without a valid pixel, for a pass that only has to go through the network."""
+    stored = {task.name: as_stored(task.blank(size, size)[None]) for task in tasks}
+    targets = {task.name: as_numbers(stored[task.name], task) for task in tasks}
+    factors = factors_of({task.name: task for task in tasks}, (), 1)
+    image = torch.zeros(1, size, size, 3, dtype=torch.uint8)
+    numbers = {name: torch.from_numpy(x) for name, x in factors.items()}
+    batch = as_batch(image, targets, numbers, torch.zeros(1, dtype=torch.int64))
+    return {name: x.to(device) for name, x in batch.items()}
+
+
 def as_stored(array: np.ndarray) -> Tensor:
     """A stored target as a tensor. uint16 becomes int16 with the same bits."""
     return torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array)
@@ -43,7 +54,7 @@ def as_stored(array: np.ndarray) -> Tensor:
 
 def as_numbers(stored: Tensor, task: Task) -> Tensor:
     """A stored target for arithmetic: float32, or unchanged if nothing is multiplied."""
-    if task.factors((), 0) is None:
+    if not task.multiplied:
         return stored
     return (stored.view(torch.uint16) if task.DTYPE is np.uint16 else stored).float()
 

@@ -60,7 +60,7 @@ class DaliLoader:
         self.encoded = (
             {"rgb": True, **split.encoded} if isinstance(split, ShardSplit) else dict.fromkeys(split.parts, False)
         )
-        self.multiplied = list(factors_of(split.targets, (), 0))
+        self.multiplied = [name for name, task in split.targets.items() if task.multiplied]
         factors = [f"factors/{name}" for name in self.multiplied]
         self.outputs = [*(f"part/{part}" for part in split.parts), *factors, "sample"]
 

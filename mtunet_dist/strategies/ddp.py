@@ -15,6 +15,9 @@ from mtunet_dist import distributed
 from mtunet_dist.config import Config
 from mtunet_dist.core import optim
 from mtunet_dist.core.step import Batch, MultiTaskStep, place
+from mtunet_dist.data.batch import blank_batch
+
+SIZE = 64  # of images that all models accept
 
 
 class DDPStrategy:
@@ -72,11 +75,7 @@ class DDPStrategy:
         uninterrupted one. The pass runs in evaluation mode and changes nothing: no statistics, random numbers or
         losses.
         """
-        size = 64  # all models accept it
-        batch = {
-            "image": torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device),
-            **{task.name: task.warm_up(size, device) for task in self.module.tasks},
-        }
+        batch = blank_batch(self.module.tasks, SIZE, device)
         training = self.module.training
         self.module.eval()
         with torch.compiler.set_stance("force_eager"):

@@ -168,22 +168,17 @@ class Task(ABC):
         without augmentation. None: they are taken as they are."""
         return None
 
+    @property
+    def multiplied(self) -> bool:
+        """Whether stored numbers are multiplied by ``factors``."""
+        return self.factors((), 0) is not None
+
     # The trained task, in torch.
 
     @property
     @abstractmethod
     def channels(self) -> int:
         """Channels of the network's output."""
-
-    def warm_up(self, size: int, device: torch.device) -> Tensor:
-        """A target of one sample without a valid pixel, for a pass that is only to go through the network."""
-        import torch
-
-        stored = np.stack([self.blank(size, size)])
-        numbers = torch.from_numpy(stored.view(np.int16) if self.DTYPE is np.uint16 else stored).to(device)
-        return (
-            numbers if self.factors((), 0) is None else numbers.reshape(1, size, size, -1).permute(0, 3, 1, 2).float()
-        )
 
     @abstractmethod
     def loss(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from mtunet_dist.config import DataConfig
 from mtunet_dist.core.comparison import delta_m, higher_is_better, task_of
 from mtunet_dist.core.step import Batch, _mean
 from mtunet_dist.data.augmentation import Augmentation, Draw
-from mtunet_dist.data.batch import Pixels, as_batch, as_stored
+from mtunet_dist.data.batch import Pixels, as_batch, as_stored, blank_batch
 from mtunet_dist.data.info import DatasetInfo
 from mtunet_dist.data.loader import make_loader
 from mtunet_dist.data.order import EvalOrder, TrainOrder
@@ -180,7 +180,7 @@ def test_a_blank_target_has_no_valid_pixel(task: Task) -> None:
     counts = task.count(blank)
     assert (counts["pixels"], counts["valid"], counts["samples_without"]) == (HEIGHT * WIDTH, 0, 1)
     assert task.rows(counts) and task.tally(blank).sum() == 0
-    batch, warm = as_target(task, [blank, blank]), task.warm_up(HEIGHT, CPU)
+    batch, warm = as_target(task, [blank, blank]), blank_batch([task], HEIGHT, CPU)[task.name]
     assert warm.dtype == batch.dtype and warm.shape == (1, *batch.shape[1:-2], HEIGHT, HEIGHT)
     for target in (batch, warm):
         output = torch.randn(len(target), task.channels, *target.shape[-2:], requires_grad=True)
