@@ -15,18 +15,14 @@ from mtunet_dist.errors import InputError
 from mtunet_dist.sources._arrays import load_numbers, map_numbers
 from mtunet_dist.sources._source import RawSample, SampleFiles, match
 from mtunet_dist.sources.cityscapes import class_set
-from mtunet_dist.sources.nyuv2 import CLASSES
+from mtunet_dist.sources.nyuv2 import CLASSES, targets_of
 from mtunet_dist.tasks._task import Task
 from mtunet_dist.tasks.depth import Depth
-from mtunet_dist.tasks.normals import Normals
 from mtunet_dist.tasks.segmentation import Segmentation
 
 CITYSCAPES: dict[str, Literal[2, 7, 19]] = {"label_2": 2, "label_7": 7, "label_19": 19}
-PLANES: dict[str, tuple[int, ...]] = {
-    "segmentation": (),
-    "depth": (1,),
-    "normals": (3,),
-}  # the axes after height and width
+# The axes of an array after height and width.
+PLANES: dict[str, tuple[int, ...]] = {"segmentation": (), "depth": (1,), "normals": (3,)}
 ROUNDING = 1e-3  # resizing in float may exceed 1 by this
 
 
@@ -34,8 +30,8 @@ class MTAN:
     """``ROOT/{train,val}/{image,LABELS,depth}/N.npy``, N = 0, 1, ...; the official indices of the images are lost.
 
     Images are (H, W, 3), 0..1 or 0..255; labels (H, W), -1 without class; depth (H, W, 1), 0 invalid; of NYUv2 also
-    ``normal`` (H, W, 3), 0 invalid. MTAN's val is
-    the official test part of NYUv2 and the official val part of Cityscapes.
+    ``normal`` (H, W, 3), 0 invalid. MTAN's val is the official test part of NYUv2 and the official val part of
+    Cityscapes.
 
     Options:
         labels: the folder LABELS, which also tells the dataset: "label" is NYUv2 with 13 classes and depth in metres,
@@ -57,17 +53,14 @@ class MTAN:
         self.root, self.labels = root, labels
         if normals and labels != "label":
             raise InputError(f"normals=true with labels={labels}: only the NYUv2 files of MTAN have normals")
-        self.targets: dict[str, Task]
         if labels == "label":
-            self.targets = {"segmentation": Segmentation("segmentation", CLASSES), "depth": Depth.metric_depth(0.001)}
+            self.targets = targets_of(CLASSES, normals=normals)
         else:
             classes = tuple(class_set(CITYSCAPES[labels]))
             self.targets = {
                 "segmentation": Segmentation("segmentation", classes),
                 "depth": Depth.inverse_depth(1 / 65536),
             }
-        if normals:
-            self.targets["normals"] = Normals("normals")
 
     def splits(self) -> dict[str, list[SampleFiles]]:
         """See ``Source.splits``."""

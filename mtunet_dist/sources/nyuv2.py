@@ -49,12 +49,18 @@ CLASSES = (  # the 13 classes of A. Handa's 40 -> 13 mapping, in the colours of 
 WIDTH, HEIGHT = 640, 480  # of the published images
 # The camera of the colour images, from the toolbox of the dataset (camera_params.m, without distortion).
 CAMERA = Camera(518.85790117450188, 519.46961112127485, 325.58244941119034 - 1, 253.73616633400465 - 1)
-NORMALS = Normals("normals")
+DEPTH, NORMALS = Depth.metric_depth(0.001), Normals("normals")
 
 
-def computed_normals(depth: np.ndarray, camera: Camera) -> np.ndarray:
-    """Stored surface normals of metric ``depth`` (H, W)."""
-    return NORMALS.from_numbers(normals_of(depth, camera), "computed normals")
+def targets_of(classes: tuple[ClassInfo, ...], *, normals: bool) -> dict[str, Task]:
+    """The targets of NYUv2 with these classes: depth is stored in millimetres."""
+    targets: dict[str, Task] = {"segmentation": Segmentation("segmentation", classes), "depth": DEPTH}
+    return {**targets, "normals": NORMALS} if normals else targets
+
+
+def computed_normals(stored_depth: np.ndarray, camera: Camera) -> np.ndarray:
+    """Stored surface normals of the stored depth (H, W)."""
+    return NORMALS.from_numbers(normals_of(stored_depth * DEPTH.scale, camera), "computed normals")
 
 
 def with_validation(train: list[S], test: list[S], val: bool) -> dict[str, list[S]]:
@@ -81,12 +87,7 @@ class NYUv2:
 
     def __init__(self, root: Path, *, val: bool = True, normals: bool = False) -> None:
         self.root, self.val = root, val
-        self.targets: dict[str, Task] = {
-            "segmentation": Segmentation("segmentation", CLASSES),
-            "depth": Depth.metric_depth(0.001),
-        }
-        if normals:
-            self.targets["normals"] = NORMALS
+        self.targets = targets_of(CLASSES, normals=normals)
         self._table = id_table({i + 1: i for i in range(len(CLASSES))}, void=[0])
 
     def splits(self) -> dict[str, list[SampleFiles]]:
@@ -103,7 +104,7 @@ class NYUv2:
         if "normals" not in self.targets:
             return raw
         height, width = raw.rgb.shape[:2]
-        computed = computed_normals(raw.targets["depth"] * 0.001, CAMERA.resized(width / WIDTH, height / HEIGHT))
+        computed = computed_normals(raw.targets["depth"], CAMERA.resized(width / WIDTH, height / HEIGHT))
         return RawSample(raw.rgb, {**raw.targets, "normals": computed})
 
     def _samples(self, split: str) -> list[SampleFiles]:

@@ -20,15 +20,13 @@ from mtunet_dist.sources._source import RawSample
 from mtunet_dist.sources.nyuv2 import (
     CAMERA,
     CLASSES,
+    DEPTH,
     HEIGHT,
-    NORMALS,
     WIDTH,
     computed_normals,
+    targets_of,
     with_validation,
 )
-from mtunet_dist.tasks._task import Task
-from mtunet_dist.tasks.depth import Depth
-from mtunet_dist.tasks.segmentation import Segmentation
 
 FILE = "nyu_depth_v2_labeled.mat"
 DATASETS = {  # shape and type as HDF5 has them: MATLAB's axes are reversed, so an image is 640x480
@@ -80,13 +78,7 @@ class NYUv2Mat:
     ) -> None:
         self.path = root / FILE if root.is_dir() else root
         self.val, self.crop = val, crop
-        self._depth = Depth.metric_depth(0.001)
-        self.targets: dict[str, Task] = {
-            "segmentation": Segmentation("segmentation", CLASSES if classes == 13 else CLASSES_40),
-            "depth": self._depth,
-        }
-        if normals:
-            self.targets["normals"] = NORMALS
+        self.targets = targets_of(CLASSES if classes == 13 else CLASSES_40, normals=normals)
         self._depths = "depths" if depth == "filled" else "rawDepths"
         of_40 = FROM_40_TO_13 if classes == 13 else range(1, 41)
         mapping = {raw: of_40[class_40 - 1] - 1 for raw, class_40 in enumerate(RAW_TO_40, start=1)}
@@ -117,11 +109,11 @@ class NYUv2Mat:
         """See ``Source.read``."""
         rgb = self._image("images", sample)
         label = to_classes(self._image("labels", sample), self._table, self._name("labels", sample))
-        depth = self._depth.from_numbers(self._image(self._depths, sample), self._name(self._depths, sample))
+        depth = DEPTH.from_numbers(self._image(self._depths, sample), self._name(self._depths, sample))
         targets = {"segmentation": label, "depth": depth}
         if "normals" in self.targets:
             camera = CAMERA.cropped(CROP[1].start, CROP[0].start) if self.crop else CAMERA
-            targets["normals"] = computed_normals(depth * self._depth.scale, camera)
+            targets["normals"] = computed_normals(depth, camera)
         return RawSample(rgb, targets)
 
     def __getstate__(self) -> dict[str, Any]:
