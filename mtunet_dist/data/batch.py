@@ -37,7 +37,7 @@ def factors_of(tasks: Mapping[str, Task], draws: Sequence[Draw], count: int) -> 
 
 
 def blank_batch(tasks: Sequence[Task], size: int, device: torch.device) -> Batch:
-    """A black image of ``size`` x ``size`` without a valid pixel, for a pass that only has to go through the network."""
+    """A black image of ``size`` x ``size`` without a valid pixel, for a pass that only goes through the network."""
     stored = {task.name: as_stored(task.blank(size, size)[None]) for task in tasks}
     targets = {task.name: as_numbers(stored[task.name], task) for task in tasks}
     factors = factors_of({task.name: task for task in tasks}, (), 1)
