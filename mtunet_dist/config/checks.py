@@ -4,7 +4,7 @@ another."""
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mtunet_dist import plugins
@@ -13,22 +13,26 @@ from mtunet_dist.errors import InputError
 if TYPE_CHECKING:
     from mtunet_dist.config.schema import Config
 
-BOUNDS = "bounds"  # in the metadata of a field
+BOUNDS = "bounds"  # in the metadata of a field: a test of the value (nan must fail), and what it asks for
 
 
 def positive(default: float) -> Any:
     """A field for numbers above 0."""
-    return dataclasses.field(default=default, metadata={BOUNDS: (0, math.inf, "must be positive")})
+    return _bounded(default, lambda value: value > 0, "must be positive")
 
 
 def not_negative(default: float) -> Any:
     """A field for numbers from 0."""
-    return dataclasses.field(default=default, metadata={BOUNDS: (0, math.inf, "must not be negative")})
+    return _bounded(default, lambda value: value >= 0, "must not be negative")
 
 
 def within(default: float, least: float, most: float) -> Any:
     """A field for numbers from ``least`` to ``most``."""
-    return dataclasses.field(default=default, metadata={BOUNDS: (least, most, f"must be {least} to {most}")})
+    return _bounded(default, lambda value: least <= value <= most, f"must be {least} to {most}")
+
+
+def _bounded(default: float, fits: Callable[[float], bool], text: str) -> Any:
+    return dataclasses.field(default=default, metadata={BOUNDS: (fits, text)})
 
 
 def check_bounds(section: Any, prefix: str = "") -> None:
@@ -38,9 +42,8 @@ def check_bounds(section: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             check_bounds(value, f"{key}.")
         if BOUNDS in field.metadata:
-            least, most, text = field.metadata[BOUNDS]
-            above = value > least if text == "must be positive" else value >= least
-            if not (above and value <= most):
+            fits, text = field.metadata[BOUNDS]
+            if not fits(value):
                 raise InputError(f"{key}={value} {text}")
 
 
