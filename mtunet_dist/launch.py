@@ -4,11 +4,11 @@ On one machine it starts one process per GPU, or ``--nproc``. On many nodes the 
 
     mtunet launch --head HOST --nnodes N CONFIG key=value...
 
-HOST is one of the nodes. Interface, addresses and numbers of processes and threads are found from it and the node;
+HOST is one of the nodes. The command finds the interface, the addresses and the numbers of processes and threads;
 docs/distributed.md has examples. All nodes need the same code, config and data, and a run folder on a shared disk.
 
-``torchrun -m mtunet_dist.train CONFIG`` trains as well. Beside it, here the number of processes need not be given, the
-config is checked before any process starts, an error is one line, and ``--max-restarts`` does not repeat a failure that
+``torchrun -m mtunet_dist.train CONFIG`` trains too. This command also chooses the number of processes, checks the
+config before any process starts, and prints an error as one line. Its ``--max-restarts`` does not repeat a failure that
 would come again (see launching/agent.py).
 """
 

@@ -1,5 +1,4 @@
-"""What the values of a config must be, beside their types: bounds that stand with the keys, and what keys ask of one
-another."""
+"""Checks of a config beyond its types: the bounds, which stand with the keys, and what keys ask of one another."""
 
 from __future__ import annotations
 

@@ -74,10 +74,10 @@ SYNONYMS = {
 }
 # Keys that the config does not have.
 ELSEWHERE = {
-    "gpus": "The number of processes is the launcher's: launch/local.py --nproc=N",
-    "ngpus": "The number of processes is the launcher's: launch/local.py --nproc=N",
-    "nproc": "The number of processes is the launcher's: launch/local.py --nproc=N",
-    "nodes": "The number of nodes is the launcher's: launch/nodes.py --nnodes N",
+    "gpus": "The number of processes is the launcher's: mtunet launch --nproc=N",
+    "ngpus": "The number of processes is the launcher's: mtunet launch --nproc=N",
+    "nproc": "The number of processes is the launcher's: mtunet launch --nproc=N",
+    "nodes": "The number of nodes is the launcher's: mtunet launch --head HOST --nnodes N",
     "size": "Images have the size that they were prepared at: mtunet prepare --size",
     "imgsize": "Images have the size that they were prepared at: mtunet prepare --size",
     "imagesize": "Images have the size that they were prepared at: mtunet prepare --size",

@@ -3,7 +3,7 @@ and restarts them after a failure.
 
 It differs from ``torchrun``, which is the same agent, in four points. It does not restart a failure that would come
 again. Its exit code is that of the process that failed, or 75 when asked to stop. Its processes end when it is killed.
-A restart works (see ``_environment``).
+A restart works (see ``_set_environment``).
 """
 
 from __future__ import annotations

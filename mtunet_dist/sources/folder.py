@@ -19,6 +19,7 @@ from mtunet_dist.tasks.normals import Normals
 from mtunet_dist.tasks.segmentation import ClassInfo, Segmentation, class_problem
 
 TASKS = {"segmentation": "label", "depth": "depth", "normals": "normal"}  # task -> folder
+PARTS = ("rgb", *TASKS.values())
 DESCRIPTION = "dataset.yaml"
 
 
@@ -50,20 +51,18 @@ class Folder:
         classes = _classes(description.classes, path)
         self.targets: dict[str, Task] = {"segmentation": Segmentation("segmentation", classes)}
         self._table = id_table(_class_ids(description, path), description.void_ids)
-        if any(root.glob(f"*/{TASKS['normals']}/")):
-            self.targets["normals"] = Normals("normals")
         if description.depth_kind == "metric":
             self.targets["depth"] = Depth.metric_depth(description.depth_scale)
         else:
             self.targets["depth"] = Depth.inverse_depth(description.depth_scale)
+        if any(root.glob(f"*/{TASKS['normals']}/")):
+            self.targets["normals"] = Normals("normals")
 
     def splits(self) -> dict[str, list[SampleFiles]]:
         """See ``Source.splits``."""
         folders = [path for path in entries(self.root) if path.is_dir() and not path.name.startswith(".")]
         if not folders:
-            raise InputError(
-                f"{self.root} has no split folder, such as train with {', '.join(('rgb', *TASKS.values()))} in it"
-            )
+            raise InputError(f"{self.root} has no split folder, such as train with {', '.join(PARTS)} in it")
         for folder in folders:
             if not KEY.fullmatch(folder.name):
                 raise InputError(f"{folder}: the name of a split may have letters, digits, '_' and '-' only")
@@ -104,9 +103,7 @@ def _list(folder: Path, task: str) -> dict[str, Path]:
     """The files of a task. Empty if the folder is missing; a misspelt name of it is an error."""
     if folder.is_dir():
         return list_images(folder, (".png", ".npy")) if task == "normals" else list_images(folder)
-    others = [
-        path.name for path in entries(folder.parent) if path.is_dir() and path.name not in ("rgb", *TASKS.values())
-    ]
+    others = [path.name for path in entries(folder.parent) if path.is_dir() and path.name not in PARTS]
     hint = closest(folder.name, others)
     if hint:
         raise InputError(f"folder {folder} does not exist.{hint}")

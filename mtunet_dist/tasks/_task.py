@@ -84,8 +84,8 @@ class Task(ABC):
         return self.PART if self.name == self.KIND else self.name
 
     def full(self, metric: str) -> str:
-        """The name of ``metric`` (of ``METRICS``) among those of all tasks: with the task's name in front if this is
-        not the kind's."""
+        """The name of ``metric`` (of ``METRICS``), or the caption of a tile, among those of all tasks: with the task's
+        name in front if this is not the kind's."""
         return metric if self.name == self.KIND else f"{self.name}/{metric}"
 
     # The meaning of the target, for dataset.json.

@@ -173,12 +173,13 @@ class Depth(Task):
         return {
             f"{self.part} {low:.3g}..{high:.3g} {self.unit}": depth_colors(depth, low, high),
             f"predicted {self.part}": depth_colors(np.maximum(predicted, 1e-6), low, high),
-            "relative error 0..0.5": error,
+            self.full("relative error 0..0.5"): error,
         }
 
     def tiles(self, target: Tensor | None, outputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """See ``Task``; the range of colours is in the caption of the first tile."""
-        depths = {name: np.maximum(output[0].numpy(), self._least(target)) for name, output in outputs.items()}
+        least = self.scale if target is None else 1e-6  # 0 would be drawn as invalid
+        depths = {name: np.maximum(output[0].numpy(), least) for name, output in outputs.items()}
         if target is not None:
             depths = {"truth": target[0].numpy()} | depths
         first, *others = depths
@@ -206,10 +207,6 @@ class Depth(Task):
     def about_files(self) -> str:
         """See ``Task``."""
         return f"{self.part} in {self.unit} = stored value * {self.scale:g}"
-
-    def _least(self, target: Tensor | None) -> float:
-        """What a predicted depth is raised to in pictures, in which 0 is invalid."""
-        return self.scale if target is None else 1e-6
 
 
 class DepthMetric:

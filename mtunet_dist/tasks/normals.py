@@ -163,7 +163,7 @@ class Normals(Task):
         return {
             self.part: _vector_colors(target.numpy()),
             f"predicted {self.part}": _vector_colors(prediction.numpy()),
-            "error 0..60 degrees": error,
+            self.full("error 0..60 degrees"): error,
         }
 
     def tiles(self, target: Tensor | None, outputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

@@ -76,13 +76,13 @@ class Segmentation(Task):
 
     def count(self, target: np.ndarray) -> Counts:
         """``classes``: the pixels of each class."""
-        pixels: list[int] = np.bincount(target.ravel(), minlength=256).tolist()
-        void = pixels[VOID]
+        pixels = self.tally(target)
+        valid = int(pixels.sum())
         return {
             "pixels": target.size,
-            "valid": target.size - void,
-            "samples_without": int(void == target.size),
-            "classes": pixels[: len(self.classes)],
+            "valid": valid,
+            "samples_without": int(valid == 0),
+            "classes": pixels[: len(self.classes)].tolist(),
         }
 
     def rows(self, counts: Counts) -> dict[str, str]:
@@ -144,7 +144,7 @@ class Segmentation(Task):
         return {
             self.part: self._colors(label),
             f"predicted {self.part}": self._colors(predicted),
-            "wrong (white)": np.repeat(wrong[..., None], 3, axis=2),
+            self.full("wrong (white)"): np.repeat(wrong[..., None], 3, axis=2),
         }
 
     def tiles(self, target: Tensor | None, outputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
