@@ -127,6 +127,21 @@ def train_each(configs: Sequence[Config]) -> None:
         train(config)
 
 
+def paced(restarts: int) -> str:
+    """The text of a sitecustomize.py: until Slurm has restarted its job so often, each step of a training takes PACE
+    seconds (an environment variable)."""
+    return f"""\
+import os, time
+if "LOCAL_RANK" in os.environ and int(os.environ.get("SLURM_RESTART_COUNT", "0")) < {restarts}:
+    from mtunet_dist.runs.tracking import Tracker
+    steps = Tracker.log_steps
+    def slow(self, done, report):
+        steps(self, done, report)
+        time.sleep(float(os.environ.get("PACE", "0")))
+    Tracker.log_steps = slow
+"""
+
+
 def kill_all(run_dir: Path) -> None:
     """End every process of the run; torchrun's workers have sessions of their own and outlive a killed agent."""
     word = f"run_dir={run_dir}".encode()

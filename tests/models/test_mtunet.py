@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.layouts import watch_layouts
 from mtunet_dist.errors import InputError
 from mtunet_dist.models.mtunet import PLUGIN, MTUNet
 
@@ -259,12 +260,7 @@ def test_channels_last_stays_and_changes_nothing() -> None:
     model = small().eval()
     expected = model(images())
     model.to(memory_format=torch.channels_last)
-    layouts = []
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            module.register_forward_hook(
-                lambda _m, i, _o: layouts.append(i[0].is_contiguous(memory_format=torch.channels_last))
-            )
+    layouts = watch_layouts(model)
     outputs = model(images().contiguous(memory_format=torch.channels_last))
     assert layouts and all(layouts)
     for task, output in outputs.items():

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conftest import write_folder_source
+from helpers.layouts import watch_layouts
 from helpers.training import final_state, on_two_ranks, records, train_each
 from mtunet_dist import plugins
 from mtunet_dist.config import load_config
@@ -344,12 +345,7 @@ def test_channels_last_stays_and_changes_nothing(name: str) -> None:
     model = small(name).eval()
     expected = model(images())
     model.to(memory_format=torch.channels_last)
-    layouts = []
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            module.register_forward_hook(
-                lambda _m, i, _o: layouts.append(i[0].is_contiguous(memory_format=torch.channels_last))
-            )
+    layouts = watch_layouts(model)
     outputs = model(images().contiguous(memory_format=torch.channels_last))
     assert layouts and all(layouts)
     for task, output in outputs.items():

@@ -20,23 +20,13 @@ from test_slurm_real import STEPS, TINY
 from helpers import slurm_hosts
 from helpers.slurm_cluster import wait_for
 from helpers.slurm_hosts import REPOSITORY, SlurmHosts
-from helpers.training import assert_same_state, final_state, on_two_ranks, records
+from helpers.training import assert_same_state, final_state, on_two_ranks, paced, records
 from mtunet_dist.config import load_config
 from mtunet_dist.runs import checkpoint
 from mtunet_dist.train import train
 
 pytestmark = pytest.mark.slow
-# A training with PACE takes so many seconds for a step, so that there is time to disturb it, until its third restart.
-PACED = """\
-import os, time
-if "LOCAL_RANK" in os.environ and int(os.environ.get("SLURM_RESTART_COUNT", "0")) < 2:
-    from mtunet_dist.runs.tracking import Tracker
-    steps = Tracker.log_steps
-    def slow(self, done, report):
-        steps(self, done, report)
-        time.sleep(float(os.environ.get("PACE", "0")))
-    Tracker.log_steps = slow
-"""
+PACED = paced(restarts=2)  # so that there is time to disturb a training
 
 
 @dataclass

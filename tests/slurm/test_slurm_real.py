@@ -17,7 +17,7 @@ import yaml
 from conftest import write_folder_source
 from helpers import slurm_cluster
 from helpers.slurm_cluster import SlurmCluster, wait_for
-from helpers.training import assert_same_state, final_state, records
+from helpers.training import assert_same_state, final_state, paced, records
 from mtunet_dist.prepare import prepare
 from mtunet_dist.runs import checkpoint
 from mtunet_dist.status import job_of, status_of
@@ -38,17 +38,7 @@ TINY = {
     "log": {"pictures": 0, "every_steps": 1},
     "optim": {"lr": 0.003},
 }
-# Until a job is requeued each step takes PACE seconds, so that there is time to disturb it.
-PACED = """\
-import os, time
-if "LOCAL_RANK" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
-    from mtunet_dist.runs.tracking import Tracker
-    steps = Tracker.log_steps
-    def slow(self, done, report):
-        steps(self, done, report)
-        time.sleep(float(os.environ.get("PACE", "0")))
-    Tracker.log_steps = slow
-"""
+PACED = paced(restarts=1)  # so that there is time to disturb a training
 
 
 @dataclass
